@@ -1,0 +1,102 @@
+"""The attention function that transformers calls while a forward carries one of our caches.
+
+It knows LayerState's calls and transformers' attention signature; nothing of methods. A layer's state is
+bound to its attention module by the cache's `update` just before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from hcache.attention.backends import Backend
+
+NAME = "hcache"
+
+UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "head_mask", "position_bias")
+"""Attention arguments that change the result and that no state implements."""
+
+
+@torch.compiler.disable
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature. query [B, Hq, T, D], key and value [B, H, T, D] of this call's tokens.
+
+    Args:
+        attention_mask: [B, T] bool, which of this call's tokens are real; None where all are.
+
+    Returns:
+        [B, T, Hq, D] and no weights.
+
+    Raises:
+        ValueError: an attention argument that is not implemented, or dropout.
+    """
+    refuse_arguments(module, arguments, dropout)
+    # States score with 1/sqrt(D); another scaling is folded into the query.
+    if scaling is not None and abs(scaling * query.shape[-1] ** 0.5 - 1) > 1e-6:
+        query = query * (scaling * query.shape[-1] ** 0.5)
+    state, is_prompt = module._hcache_state
+    if is_prompt:
+        out = causal(state.backend, query, key, value, attention_mask)
+        state.prefill(query, key, value, attention_mask)
+    elif query.shape[2] == 1:
+        out = state.step(query, key, value, attention_mask)
+    else:
+        out = state.extend(query, key, value, attention_mask)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def refuse_arguments(module: nn.Module, arguments: dict[str, Any], dropout: float = 0.0) -> None:
+    """Raise ValueError for an attention argument that would be ignored."""
+    set_ones = [name for name in UNSUPPORTED if arguments.get(name) is not None]
+    if dropout:
+        set_ones.append("dropout")
+    if set_ones:
+        raise ValueError(
+            f"{type(module).__name__} asks for {', '.join(set_ones)}, which compressed attention does not "
+            "implement; use a model with plain full attention, in eval mode"
+        )
+
+
+def causal(backend: Backend, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+    """Exact causal attention [B, Hq, T, D] among real tokens; rows of pads are zero.
+
+    With pads every sequence is attended alone: no [T, T] mask is ever built, and a sequence gives the
+    same numbers as it does outside a batch.
+    """
+    if valid is None:
+        return backend.prefill(q, k, v)
+    out = torch.zeros_like(q)
+    for b in range(q.shape[0]):
+        real = valid[b]
+        alone = (x[b : b + 1, :, real] for x in (q, k, v))
+        out[b, :, real] = backend.prefill(*alone)[0]
+    return out
+
+
+def pass_padding(
+    batch_size: int, q_length: int, attention_mask: Tensor | None = None, **_: Any
+) -> Tensor | None:
+    """transformers' mask signature: the padding of this call's tokens [B, T], never [B, 1, n, n].
+
+    None where there are no pads among them.
+    """
+    if attention_mask is None:
+        return None
+    valid = attention_mask[:, -q_length:].bool()
+    return None if bool(valid.all()) else valid
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, pass_padding)

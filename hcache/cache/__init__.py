@@ -1,0 +1,1 @@
+"""Layer state and storage. Storage knows no method; state knows no model class."""

@@ -1,0 +1,119 @@
+"""LayerState: everything one decoder layer remembers, and the state of layers that only append.
+
+Shapes: q [B, Hq, T, D], k and v [B, H, T, D] after RoPE at true positions, valid [B, T] bool (None: no pads).
+Pads are never stored.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hcache.attention.backends import CHUNK, Backend
+from hcache.cache.store import RaggedStore
+
+Bytes = dict[str, dict[str, int]]
+"""{"device": {"payload", "metadata", "reserved"}, "host": {...}}"""
+
+Selection = Callable[[Tensor, Tensor, Tensor, int], list[Tensor] | None]
+"""(q [Hq, n, D], k and v [H, n, D] of one sequence, sequence index) -> H sorted index tensors, None for all."""
+
+
+def no_bytes() -> Bytes:
+    """A zeroed byte count."""
+    return {side: dict.fromkeys(("payload", "metadata", "reserved"), 0) for side in ("device", "host")}
+
+
+def add_bytes(total: Bytes, more: Bytes) -> Bytes:
+    """Sum of two byte counts."""
+    return {side: {kind: total[side][kind] + more[side][kind] for kind in total[side]} for side in total}
+
+
+def unpadded(x_BHTD: Tensor, valid: Tensor | None, sequence: int) -> Tensor:
+    """[heads, n, D] of one sequence without its pads; a view where there are none."""
+    x = x_BHTD[sequence]
+    return x if valid is None else x[:, valid[sequence]]
+
+
+class LayerState(ABC):
+    """The contract of one layer's memory (see the methods of the same names).
+
+    Attributes:
+        backend: attends; set by the cache before the first call.
+        reserve_tokens: tokens that will follow the prompt as far as known, so that nothing moves later.
+    """
+
+    backend: Backend
+    reserve_tokens: int = CHUNK
+
+    @abstractmethod
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
+        """Keep what is to be kept of the prompt; the caller drops the rest."""
+
+    @abstractmethod
+    def step(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        """Append one token and attend. T is 1. Returns [B, Hq, 1, D]."""
+
+    @abstractmethod
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        """Append several tokens, causal among themselves, and attend. Returns [B, Hq, T, D]."""
+
+    @abstractmethod
+    def kept(self) -> list[list[Tensor]]:
+        """[sequence][KV head] -> sorted prompt positions (without pads) that a step can attend to."""
+
+    @abstractmethod
+    def nbytes(self) -> Bytes:
+        """Bytes read from the storage itself."""
+
+    def counters(self) -> dict[str, float]:
+        """Sums of what happened since the prompt; empty for methods that only attend."""
+        return {}
+
+
+class StoreLayer(LayerState):
+    """Keeps a selection of the prompt in a ragged store and every later token behind it.
+
+    Args:
+        select: chooses the prompt positions of one sequence, head by head; None keeps all.
+    """
+
+    def __init__(self, select: Selection | None = None) -> None:
+        self._select = select
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
+        sequences = [tuple(unpadded(x, valid, b) for x in (q, k, v)) for b in range(k.shape[0])]
+        chosen = [self.choose(*sequence, b) for b, sequence in enumerate(sequences)]
+        lengths = [len(index) for kept in chosen for index in kept]
+        self.store = RaggedStore(lengths, like=k, spare=self.reserve_tokens)
+        for b, ((_, k_HnD, v_HnD), kept) in enumerate(zip(sequences, chosen, strict=True)):
+            for h, index in enumerate(kept):
+                # One head at a time: a gathered copy of the whole layer never exists.
+                self.store.write(b * len(kept) + h, 0, k_HnD[h, index], v_HnD[h, index])
+        self._kept = [[index.cpu() for index in kept] for kept in chosen]
+
+    def choose(self, q: Tensor, k: Tensor, v: Tensor, sequence: int) -> list[Tensor]:
+        """Positions to keep of one sequence (q [Hq, n, D], k and v [H, n, D]): H sorted tensors."""
+        kept = self._select(q, k, v, sequence) if self._select else None
+        if kept is None:
+            everything = torch.arange(k.shape[1], device=k.device)
+            return [everything] * k.shape[0]
+        return kept
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        return self.extend(q, k, v, valid)
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        heads = k.shape[1]
+        segment_valid = None if valid is None else valid.repeat_interleave(heads, dim=0)
+        limits = self.store.append(k.flatten(0, 1), v.flatten(0, 1), segment_valid)
+        return self.backend.decode(q, self.store.ragged(), limits)
+
+    def kept(self) -> list[list[Tensor]]:
+        return [list(sequence) for sequence in self._kept]
+
+    def nbytes(self) -> Bytes:
+        return {**no_bytes(), "device": self.store.nbytes()}

@@ -1,0 +1,300 @@
+"""KVCache: any transformers decoder with any compression method, through `past_key_values`.
+
+It is a transformers Cache, so `model(ids, past_key_values=cache)` and `model.generate(ids, past_key_values=cache)`
+both work. Model classes stay untouched: while a forward of this model carries this cache, the model's attention
+function is ours, and it is always switched back, after an exception too. The hooks go with the cache.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from hcache.attention import function as attention
+from hcache.attention.backends import CHUNK, resolve
+from hcache.budget import Budget
+from hcache.cache.state import Bytes, LayerState, add_bytes, no_bytes
+from hcache.geometry import Geometry
+from hcache.methods import Method, make
+from hcache.models.identity import config_geometry, model_geometry
+
+
+class _Length(CacheLayerMixin):
+    """What transformers asks of a layer: how many tokens have come, pads included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.seen += key_states.shape[2]
+        self.is_initialized = True
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+
+class KVCache(Cache):
+    """Compressed KV cache of one batch on one model.
+
+    Args:
+        model: a transformers causal LM whose layers all have plain full attention.
+        method: registered name or Method.
+        budget: Budget, float (kept_fraction) or int (kept_tokens); methods without a budget need none.
+        backend: attention backend, "auto", "sdpa" or "reference".
+        reserve_tokens: tokens expected after the prompt; more are fine, at the price of a copy.
+        **hyper: the method's hyper-parameters.
+
+    Raises:
+        ValueError: unknown names, an attention that is not implemented, a missing budget.
+        InfeasibleBudget: at the first forward, when the prompt's length is known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str | Method = "fullkv",
+        budget: Budget | float | int | None = None,
+        *,
+        backend: str = "auto",
+        reserve_tokens: int = CHUNK,
+        **hyper: Any,
+    ) -> None:
+        self.method = make(method, **hyper)
+        self.budget = _budget(self.method, budget)
+        self.backend_name, self._backend = resolve(backend)
+        self.geometry: Geometry = (
+            model_geometry(model) if self.method.needs_fingerprint else config_geometry(model.config)
+        )
+        self._modules = attention_modules(model, self.geometry.layers)
+        self._reserve = reserve_tokens
+        self.states: list[LayerState] = []
+        self.prompt_tokens: list[int] = []
+        self._lengths = [_Length() for _ in range(self.geometry.layers)]
+        super().__init__(layers=list(self._lengths))
+        self._switch = _Switch(self, model)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by an attention module before it attends: binds that layer's state to the module."""
+        if not self._switch.active:
+            raise ValueError("this KVCache belongs to another model; make a KVCache for each model")
+        self._itemsize = key_states.element_size()
+        is_prompt = self._lengths[layer_idx].seen == 0
+        self._lengths[layer_idx].update(key_states, value_states)
+        self._modules[layer_idx]._hcache_state = (self.states[layer_idx], is_prompt)
+        return key_states, value_states
+
+    def begin(self, batch: int, tokens: int, mask: Tensor | None) -> None:
+        """A forward of this cache's model starts: the first one makes the states.
+
+        Raises:
+            ValueError: a batch of another size, chunked prefill, or a cache broken by an exception.
+        """
+        if self._switch.broken:
+            raise ValueError("this KVCache broke off in the middle of a forward and can't go on; make a new one")
+        if self.states:
+            if batch != len(self.prompt_tokens):
+                raise ValueError(f"this KVCache holds {len(self.prompt_tokens)} sequences, got a batch of {batch}")
+            return
+        _refuse_chunked_prefill()
+        counts = [tokens] * batch if mask is None else mask[:, -tokens:].bool().sum(1).tolist()
+        states = self.method.layers(self.geometry, self.budget, counts)
+        for state in states:
+            state.backend, state.reserve_tokens = self._backend, self._reserve
+        self.states, self.prompt_tokens = states, counts
+
+    def kept(self, layer: int) -> list[list[Tensor]]:
+        """[sequence][KV head] -> sorted LongTensor of the prompt positions a decode step can attend to.
+
+        Positions count without pads and cover the first prompt.
+        """
+        self._require_prompt()
+        return self.states[layer].kept()
+
+    def nbytes(self) -> Bytes:
+        """{"device": {"payload", "metadata", "reserved"}, "host": {...}} of all layers, read from storage."""
+        total = no_bytes()
+        for state in self.states:
+            total = add_bytes(total, state.nbytes())
+        return total
+
+    def full_nbytes(self) -> int:
+        """Bytes that a full cache of the same prompts has, in the dtype that is stored."""
+        self._require_prompt()
+        token = 2 * self.geometry.heads * self.geometry.head_dim * self._itemsize
+        return sum(self.prompt_tokens) * token
+
+    def attended_fraction(self) -> float:
+        """Share of the prompt that a decode step can attend to, averaged over layers and heads."""
+        self._require_prompt()
+        kept = sum(h.numel() for state in self.states for sequence in state.kept() for h in sequence)
+        return kept / (self.geometry.heads * sum(self.prompt_tokens))
+
+    def counters(self) -> dict[str, float]:
+        """The method's counters, summed over layers."""
+        total: dict[str, float] = {}
+        for state in self.states:
+            for key, value in state.counters().items():
+                total[key] = total.get(key, 0) + value
+        return total
+
+    def _require_prompt(self) -> None:
+        if not self.states:
+            raise ValueError("this KVCache has not seen a prompt yet; run the model with it first")
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens so far, pads included: positions continue from here, whatever was dropped."""
+        return self._lengths[layer_idx].seen
+
+    def reset(self) -> None:
+        """Forget everything; the next forward is a prompt."""
+        self.states, self.prompt_tokens = [], []
+        for length in self._lengths:
+            length.seen = 0
+        self._switch.broken = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise ValueError("KVCache does not support beam search: use num_beams=1")
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("KVCache can't be cropped: what was evicted is gone. Assisted decoding is not supported")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise ValueError("KVCache does not support repeating sequences: repeat the inputs before the prompt")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise ValueError("KVCache does not support selecting sequences: make a new cache for the ones you need")
+
+
+class _Switch:
+    """Turns the model's attention function to ours while a forward carries one cache, and always back.
+
+    Hooks live as long as the cache does.
+    """
+
+    def __init__(self, cache: KVCache, model: nn.Module) -> None:
+        self.active = False
+        self.broken = False
+        self._cache = weakref.ref(cache)
+        base: nn.Module = model.base_model  # type: ignore[assignment]
+        self._configs = _attention_configs(base)
+        self._before: list[str | None] = []
+        handles = [
+            base.register_forward_pre_hook(self._on, with_kwargs=True, prepend=True),
+            base.register_forward_hook(self._off, with_kwargs=True, always_call=True),
+        ]
+        for handle in handles:
+            weakref.finalize(cache, handle.remove)
+
+    def _carries(self, kwargs: dict[str, Any]) -> KVCache | None:
+        cache = self._cache()
+        return cache if cache is not None and kwargs.get("past_key_values") is cache else None
+
+    def _on(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = self._carries(kwargs)
+        if cache is None:
+            return
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        shape = (tokens if tokens is not None else kwargs["inputs_embeds"]).shape
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(f"KVCache takes a 2-D attention_mask [B, T], got {mask.dim()} dimensions")
+        cache.begin(shape[0], shape[1], mask)
+        self._before = [config._attn_implementation for config in self._configs]
+        for config in self._configs:
+            config._attn_implementation = attention.NAME
+        self.active = True
+
+    def _off(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self.active or self._carries(kwargs) is None:
+            return
+        for config, name in zip(self._configs, self._before, strict=True):
+            config._attn_implementation = name
+        self.active = False
+        # torch calls this hook with no output when the forward raised.
+        self.broken = output is None
+
+
+def attention_modules(model: nn.Module, layers: int) -> list[nn.Module]:
+    """The model's self-attention modules by layer.
+
+    Raises:
+        ValueError: not one plain full attention for each layer.
+    """
+    found = {
+        module.layer_idx: module
+        for module in model.base_model.modules()  # type: ignore[union-attr,operator]
+        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
+    }
+    if sorted(found) != list(range(layers)):
+        raise ValueError(
+            f"{type(model).__name__} has {layers} layers but attention modules for {sorted(found)}; "
+            "only decoders whose every layer is full attention can be compressed"
+        )
+    types = set(getattr(model.config, "layer_types", None) or []) - {"full_attention"}
+    if types:
+        raise ValueError(f"{type(model).__name__} has layers of type {', '.join(sorted(types))}; only full_attention can be compressed")
+    for module in found.values():
+        attention.refuse_arguments(module, _settings(module))
+    return [found[layer] for layer in range(layers)]
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """A module's own attention variants, under the names of the arguments they are passed as."""
+    return {
+        "sliding_window": getattr(module, "sliding_window", None),
+        "softcap": getattr(module, "attn_logit_softcapping", None),
+        "s_aux": getattr(module, "sinks", None),
+    }
+
+
+def _attention_configs(base: nn.Module) -> list[Any]:
+    """Every distinct config that masks and attention modules read."""
+    configs = [base.config] + [m.config for m in base.modules() if hasattr(m, "is_causal") and hasattr(m, "config")]
+    return list({id(config): config for config in configs}.values())
+
+
+
+
+
+def _budget(method: Method, budget: Budget | float | int | None) -> Budget:
+    """The given budget; everything for methods that have none."""
+    if budget is None:
+        if method.uses_budget:
+            raise ValueError(f"method {method.name} needs a budget: a float (kept_fraction) or an int (kept_tokens)")
+        return Budget(kept_fraction=1.0)
+    return Budget.of(budget)
+
+
+def _refuse_chunked_prefill() -> None:
+    """generate's prefill_chunk_size would make the second chunk look like a follow-up question.
+
+    Nothing that a cache is handed tells a chunk from a prompt, so the caller's own setting is looked at.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        config = frame.f_locals.get("generation_config") if frame.f_code.co_name == "_prefill" else None
+        if config is not None and getattr(config, "prefill_chunk_size", None):
+            raise ValueError("KVCache does not support chunked prefill: leave prefill_chunk_size unset")
+        frame = frame.f_back  # type: ignore[assignment]

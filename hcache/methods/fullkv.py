@@ -1,0 +1,23 @@
+"""FullKV: no compression. Everything is kept on the device and attended to: the line others are held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hcache.budget import Budget
+from hcache.cache.state import LayerState, StoreLayer
+from hcache.geometry import Geometry
+from hcache.methods.base import Method
+from hcache.methods.registry import register
+
+
+@register("fullkv")
+@dataclass(frozen=True)
+class FullKV(Method):
+    """Keeps the whole prompt of every head; ignores the budget and records a fraction of 1."""
+
+    uses_budget: ClassVar[bool] = False
+
+    def layers(self, geometry: Geometry, budget: Budget, prompt_tokens: list[int]) -> list[LayerState]:
+        return [StoreLayer() for _ in range(geometry.layers)]
