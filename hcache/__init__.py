@@ -28,7 +28,7 @@ _HOME = {
     "profile_heads": "hcache.profiling",
 }
 
-__all__ = [*_HOME, "__version__", "benchmarks"]  # noqa: PLE0604
+__all__ = [*_HOME, "__version__", "benchmarks"]
 
 
 def __getattr__(name: str) -> Any:

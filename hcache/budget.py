@@ -76,7 +76,9 @@ class Budget:
         if isinstance(value, Budget):
             return value
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"budget={value!r} must be a hcache.Budget, a float (fraction) or an int (tokens)")
+            raise ValueError(
+                f"budget={value!r} must be a hcache.Budget, a float (fraction) or an int (tokens)"
+            )
         return cls(kept_tokens=value) if isinstance(value, int) else cls(kept_fraction=value)
 
     def tokens(self, prompt_tokens: int) -> int:

@@ -1,7 +1,7 @@
 """Generator: prefill, then greedy decoding with a compressed cache, timed and counted.
 
-Eager for now: each step is one forward of transformers' own model. Knows the cache's interface; nothing of what a
-method does, of benchmarks or of text.
+Eager for now: each step is one forward of transformers' own model. Knows the cache's interface; nothing of
+what a method does, of benchmarks or of text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from hcache.budget import Budget
 from hcache.kv_cache import KVCache
@@ -79,7 +80,7 @@ class Generator:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         method: str | Method = "fullkv",
         budget: Budget | float | int | None = None,
         *,
@@ -90,7 +91,7 @@ class Generator:
         self.method = make(method, **hyper)
         self.budget = budget
         self.backend = backend
-        self.device: torch.device = model.device  # type: ignore[assignment]
+        self.device = torch.device(model.device)
 
     @torch.inference_mode()
     def generate(
@@ -135,7 +136,9 @@ class Generator:
 class _Run:
     """One call of generate."""
 
-    def __init__(self, generator: Generator, cache: KVCache, stop: Sequence[Sequence[int]], limit: int) -> None:
+    def __init__(
+        self, generator: Generator, cache: KVCache, stop: Sequence[Sequence[int]], limit: int
+    ) -> None:
         self._model, self._device, self._cache = generator.model, generator.device, cache
         self._ends = [(token,) for token in end_tokens(generator.model)] + [tuple(s) for s in stop if s]
         self._limit = limit
@@ -143,7 +146,9 @@ class _Run:
         self._decode_ms: list[float] = []
         self._counters: dict[str, float] = {}
 
-    def prefill(self, ids: Tensor, mask: Tensor | None, follow_up: tuple[Tensor, Tensor | None] | None) -> Memory:
+    def prefill(
+        self, ids: Tensor, mask: Tensor | None, follow_up: tuple[Tensor, Tensor | None] | None
+    ) -> Memory:
         """Feed prompt and follow-up; choose the first token."""
         ids = ids.to(self._device)
         mask = _padding(mask, self._device)
@@ -252,7 +257,7 @@ def _positions(ids: Tensor, mask: Tensor | None, first_B: Tensor | None) -> Tens
     return positions if first_B is None else positions + first_B.unsqueeze(1)
 
 
-def end_tokens(model: nn.Module) -> list[int]:
+def end_tokens(model: PreTrainedModel) -> list[int]:
     """The model's end-of-text tokens, from its generation config."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     if ends is None:

@@ -1,8 +1,9 @@
 """KVCache: any transformers decoder with any compression method, through `past_key_values`.
 
-It is a transformers Cache, so `model(ids, past_key_values=cache)` and `model.generate(ids, past_key_values=cache)`
-both work. Model classes stay untouched: while a forward of this model carries this cache, the model's attention
-function is ours, and it is always switched back, after an exception too. The hooks go with the cache.
+It is a transformers Cache, so `model(ids, past_key_values=cache)` and `model.generate(ids,
+past_key_values=cache)` both work. Model classes stay untouched: while a forward of this model carries this
+cache, the model's attention function is ours, and it is always switched back, after an exception too. The
+hooks go with the cache.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ import sys
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from hcache.attention import function as attention
@@ -35,7 +35,9 @@ class _Length(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         self.seen += key_states.shape[2]
         self.is_initialized = True
         return key_states, value_states
@@ -71,7 +73,7 @@ class KVCache(Cache):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         method: str | Method = "fullkv",
         budget: Budget | float | int | None = None,
         *,
@@ -102,7 +104,7 @@ class KVCache(Cache):
         self._itemsize = key_states.element_size()
         is_prompt = self._lengths[layer_idx].seen == 0
         self._lengths[layer_idx].update(key_states, value_states)
-        self._modules[layer_idx]._hcache_state = (self.states[layer_idx], is_prompt)
+        attention.bind(self._modules[layer_idx], self.states[layer_idx], is_prompt)
         return key_states, value_states
 
     def begin(self, batch: int, tokens: int, mask: Tensor | None) -> None:
@@ -112,10 +114,14 @@ class KVCache(Cache):
             ValueError: a batch of another size, chunked prefill, or a cache broken by an exception.
         """
         if self._switch.broken:
-            raise ValueError("this KVCache broke off in the middle of a forward and can't go on; make a new one")
+            raise ValueError(
+                "this KVCache broke off in the middle of a forward and can't go on; make a new one"
+            )
         if self.states:
             if batch != len(self.prompt_tokens):
-                raise ValueError(f"this KVCache holds {len(self.prompt_tokens)} sequences, got a batch of {batch}")
+                raise ValueError(
+                    f"this KVCache holds {len(self.prompt_tokens)} sequences, got a batch of {batch}"
+                )
             return
         _refuse_chunked_prefill()
         counts = [tokens] * batch if mask is None else mask[:, -tokens:].bool().sum(1).tolist()
@@ -178,26 +184,31 @@ class KVCache(Cache):
         raise ValueError("KVCache does not support beam search: use num_beams=1")
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("KVCache can't be cropped: what was evicted is gone. Assisted decoding is not supported")
+        raise ValueError(
+            "KVCache can't be cropped: what was evicted is gone. Assisted decoding is not supported"
+        )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         raise ValueError("KVCache does not support repeating sequences: repeat the inputs before the prompt")
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        raise ValueError("KVCache does not support selecting sequences: make a new cache for the ones you need")
+        raise ValueError(
+            "KVCache does not support selecting sequences: make a new cache for the ones you need"
+        )
 
 
 class _Switch:
     """Turns the model's attention function to ours while a forward carries one cache, and always back.
 
-    Hooks live as long as the cache does.
+    Hooks live as long as the cache does. A cache that dies while its model runs leaves a last call of them
+    without keyword arguments.
     """
 
-    def __init__(self, cache: KVCache, model: nn.Module) -> None:
+    def __init__(self, cache: KVCache, model: PreTrainedModel) -> None:
         self.active = False
         self.broken = False
         self._cache = weakref.ref(cache)
-        base: nn.Module = model.base_model  # type: ignore[assignment]
+        base = model.base_model
         self._configs = _attention_configs(base)
         self._before: list[str | None] = []
         handles = [
@@ -207,13 +218,14 @@ class _Switch:
         for handle in handles:
             weakref.finalize(cache, handle.remove)
 
-    def _carries(self, kwargs: dict[str, Any]) -> KVCache | None:
+    def _carries(self, kwargs: dict[str, Any] | None) -> KVCache | None:
         cache = self._cache()
-        return cache if cache is not None and kwargs.get("past_key_values") is cache else None
+        carried = None if kwargs is None else kwargs.get("past_key_values")
+        return cache if cache is not None and carried is cache else None
 
-    def _on(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _on(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         cache = self._carries(kwargs)
-        if cache is None:
+        if cache is None or kwargs is None:
             return
         tokens = kwargs.get("input_ids", args[0] if args else None)
         shape = (tokens if tokens is not None else kwargs["inputs_embeds"]).shape
@@ -226,8 +238,8 @@ class _Switch:
             config._attn_implementation = attention.NAME
         self.active = True
 
-    def _off(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not self.active or self._carries(kwargs) is None:
+    def _off(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
+        if not self.active:
             return
         for config, name in zip(self._configs, self._before, strict=True):
             config._attn_implementation = name
@@ -236,17 +248,17 @@ class _Switch:
         self.broken = output is None
 
 
-def attention_modules(model: nn.Module, layers: int) -> list[nn.Module]:
+def attention_modules(model: PreTrainedModel, layers: int) -> list[nn.Module]:
     """The model's self-attention modules by layer.
 
     Raises:
         ValueError: not one plain full attention for each layer.
     """
-    found = {
-        module.layer_idx: module
-        for module in model.base_model.modules()  # type: ignore[union-attr,operator]
-        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
-    }
+    found: dict[int, nn.Module] = {}
+    for module in model.base_model.modules():
+        layer = getattr(module, "layer_idx", None)
+        if isinstance(layer, int) and hasattr(module, "is_causal"):
+            found[layer] = module
     if sorted(found) != list(range(layers)):
         raise ValueError(
             f"{type(model).__name__} has {layers} layers but attention modules for {sorted(found)}; "
@@ -254,16 +266,22 @@ def attention_modules(model: nn.Module, layers: int) -> list[nn.Module]:
         )
     types = set(getattr(model.config, "layer_types", None) or []) - {"full_attention"}
     if types:
-        raise ValueError(f"{type(model).__name__} has layers of type {', '.join(sorted(types))}; only full_attention can be compressed")
+        listed = ", ".join(sorted(types))
+        raise ValueError(
+            f"{type(model).__name__} has layers of {listed}; only full_attention can be compressed"
+        )
     for module in found.values():
-        attention.refuse_arguments(module, _settings(module))
+        attention.refuse_arguments(module, _settings(module, model.config))
     return [found[layer] for layer in range(layers)]
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """A module's own attention variants, under the names of the arguments they are passed as."""
+def _settings(module: nn.Module, config: Any) -> dict[str, Any]:
+    """A module's attention variants, under the names of the arguments they are passed as."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    # A config that lists its layers' types says there which of them slide.
+    window = None if getattr(config, "layer_types", None) else window
     return {
-        "sliding_window": getattr(module, "sliding_window", None),
+        "sliding_window": getattr(module, "sliding_window", window),
         "softcap": getattr(module, "attn_logit_softcapping", None),
         "s_aux": getattr(module, "sinks", None),
     }
@@ -271,18 +289,19 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 def _attention_configs(base: nn.Module) -> list[Any]:
     """Every distinct config that masks and attention modules read."""
-    configs = [base.config] + [m.config for m in base.modules() if hasattr(m, "is_causal") and hasattr(m, "config")]
+    configs = [base.config] + [
+        m.config for m in base.modules() if hasattr(m, "is_causal") and hasattr(m, "config")
+    ]
     return list({id(config): config for config in configs}.values())
-
-
-
 
 
 def _budget(method: Method, budget: Budget | float | int | None) -> Budget:
     """The given budget; everything for methods that have none."""
     if budget is None:
         if method.uses_budget:
-            raise ValueError(f"method {method.name} needs a budget: a float (kept_fraction) or an int (kept_tokens)")
+            raise ValueError(
+                f"method {method.name} needs a budget: a float (kept_fraction) or an int (kept_tokens)"
+            )
         return Budget(kept_fraction=1.0)
     return Budget.of(budget)
 

@@ -97,8 +97,7 @@ class SdpaBackend:
 
     def decode(self, q_BHqTD: Tensor, ragged: Ragged, limits_ST: Tensor) -> Tensor:
         """One pass over all chunks, then a softmax merged per segment from the chunks' maxima and sums."""
-        segments, tokens = limits_ST.shape
-        rows_SWD = to_segments(q_BHqTD, segments)
+        rows_SWD = to_segments(q_BHqTD, limits_ST.shape[0])
         owner = ragged.owner
         scores_CWN = _chunk_scores(rows_SWD, ragged, limits_ST)
         peak_SW = torch.full(rows_SWD.shape[:2], -torch.inf, device=owner.device)

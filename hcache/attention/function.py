@@ -6,13 +6,16 @@ bound to its attention module by the cache's `update` just before.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from hcache.attention.backends import Backend
+
+if TYPE_CHECKING:
+    from hcache.cache.state import LayerState
 
 NAME = "hcache"
 
@@ -31,7 +34,8 @@ def attend(
     dropout: float = 0.0,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature. query [B, Hq, T, D], key and value [B, H, T, D] of this call's tokens.
+    """transformers' attention signature. query [B, Hq, T, D], key and value [B, H, T, D] of this call's
+    tokens.
 
     Args:
         attention_mask: [B, T] bool, which of this call's tokens are real; None where all are.
@@ -46,7 +50,7 @@ def attend(
     # States score with 1/sqrt(D); another scaling is folded into the query.
     if scaling is not None and abs(scaling * query.shape[-1] ** 0.5 - 1) > 1e-6:
         query = query * (scaling * query.shape[-1] ** 0.5)
-    state, is_prompt = module._hcache_state
+    state, is_prompt = bound(module)
     if is_prompt:
         out = causal(state.backend, query, key, value, attention_mask)
         state.prefill(query, key, value, attention_mask)
@@ -55,6 +59,18 @@ def attend(
     else:
         out = state.extend(query, key, value, attention_mask)
     return out.transpose(1, 2).contiguous(), None
+
+
+def bind(module: nn.Module, state: LayerState, is_prompt: bool) -> None:
+    """Hand a layer's state to its attention module for the call that follows."""
+    # Past nn.Module's own __setattr__: this is a note for one call, not a part of the model.
+    object.__setattr__(module, "_hcache_state", (state, is_prompt))
+
+
+def bound(module: nn.Module) -> tuple[LayerState, bool]:
+    """Take the state that was bound, so that the module doesn't keep it alive."""
+    pair: tuple[LayerState, bool] = module.__dict__.pop("_hcache_state")
+    return pair
 
 
 def refuse_arguments(module: nn.Module, arguments: dict[str, Any], dropout: float = 0.0) -> None:

@@ -1,7 +1,8 @@
 """Full keys and values that wait outside the device store, and the manager that brings rows of them back.
 
-Knows segments, rows and bytes; nothing of roles, drift or methods. Here host memory is pageable and copies are
-plain; results never depend on when a copy happens, because the caller says at which step rows become visible.
+Knows segments, rows and bytes; nothing of roles, drift or methods. Here host memory is pageable and copies
+are plain; results never depend on when a copy happens, because the caller says at which step rows become
+visible.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class OffloadManager:
     def store(self, sequence: int, head: int, keys: Tensor, values: Tensor) -> None:
         """Copy one head's [n, D] keys and values out; the caller's tensors may go."""
         target = torch.device("cpu") if self.enabled else keys.device
-        parts = (torch.empty_like(x, device=target, memory_format=torch.contiguous_format) for x in (keys, values))
+        parts = (
+            torch.empty_like(x, device=target, memory_format=torch.contiguous_format) for x in (keys, values)
+        )
         segment = HostSegment(*parts)
         segment.keys.copy_(keys)
         segment.values.copy_(values)
@@ -63,5 +66,7 @@ class OffloadManager:
     def nbytes(self) -> Bytes:
         """Bytes of the stored segments, on the side where they are."""
         total = no_bytes()
-        total["host" if self.enabled else "device"]["payload"] = sum(s.nbytes for s in self._segments.values())
+        total["host" if self.enabled else "device"]["payload"] = sum(
+            s.nbytes for s in self._segments.values()
+        )
         return total

@@ -19,7 +19,7 @@ Bytes = dict[str, dict[str, int]]
 """{"device": {"payload", "metadata", "reserved"}, "host": {...}}"""
 
 Selection = Callable[[Tensor, Tensor, Tensor, int], list[Tensor] | None]
-"""(q [Hq, n, D], k and v [H, n, D] of one sequence, sequence index) -> H sorted index tensors, None for all."""
+"""(q [Hq, n, D], k and v [H, n, D], sequence index) -> H sorted index tensors, None for all positions."""
 
 
 def no_bytes() -> Bytes:
@@ -74,6 +74,16 @@ class LayerState(ABC):
         return {}
 
 
+def one_by_one(state: LayerState, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+    """`extend` as so many steps, for states in which a token changes what the next one sees."""
+    outs = []
+    for t in range(k.shape[2]):
+        now = slice(t, t + 1)
+        real = None if valid is None else valid[:, now]
+        outs.append(state.step(q[:, :, now], k[:, :, now], v[:, :, now], real))
+    return torch.cat(outs, dim=2)
+
+
 class StoreLayer(LayerState):
     """Keeps a selection of the prompt in a ragged store and every later token behind it.
 
@@ -85,8 +95,9 @@ class StoreLayer(LayerState):
         self._select = select
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
-        sequences = [tuple(unpadded(x, valid, b) for x in (q, k, v)) for b in range(k.shape[0])]
-        chosen = [self.choose(*sequence, b) for b, sequence in enumerate(sequences)]
+        batch = range(k.shape[0])
+        sequences = [(unpadded(q, valid, b), unpadded(k, valid, b), unpadded(v, valid, b)) for b in batch]
+        chosen = [self.choose(*sequences[b], b) for b in batch]
         lengths = [len(index) for kept in chosen for index in kept]
         self.store = RaggedStore(lengths, like=k, spare=self.reserve_tokens)
         for b, ((_, k_HnD, v_HnD), kept) in enumerate(zip(sequences, chosen, strict=True)):

@@ -95,7 +95,9 @@ class RaggedStore:
         self.lengths += ahead[:, -1].int()
         return limits
 
-    def _scatter(self, limits: Tensor, ahead: Tensor, k_STD: Tensor, v_STD: Tensor, valid: Tensor | None) -> None:
+    def _scatter(
+        self, limits: Tensor, ahead: Tensor, k_STD: Tensor, v_STD: Tensor, valid: Tensor | None
+    ) -> None:
         """Write valid tokens to their slots, and zeros of the others to the unused slots behind them."""
         slot = limits - 1
         if valid is not None:
@@ -134,7 +136,7 @@ class RaggedStore:
         return Ragged(self.keys, self.values, self._owner, self._start, self.offsets)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the live buffers: payload (K and V of stored tokens), metadata, reserved (unused slots)."""
+        """Bytes of the live buffers: payload (K, V of stored tokens), metadata, reserved (unused slots)."""
         payload = int(self.lengths.sum()) * self.token_bytes
         tables = (self.lengths, self._owner, self._start, self._first)
         buffers = self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()

@@ -88,7 +88,9 @@ class EvictionMethod(Method):
             for layer in range(geometry.layers)
         ]
 
-    def select(self, counts: list[list[int]], q: Tensor, k: Tensor, v: Tensor, sequence: int) -> list[Tensor] | None:
+    def select(
+        self, counts: list[list[int]], q: Tensor, k: Tensor, v: Tensor, sequence: int
+    ) -> list[Tensor] | None:
         """The `counts[sequence][h]` best positions of each head; None where that is all of them."""
         if min(counts[sequence]) >= k.shape[1]:
             return None

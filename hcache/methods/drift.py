@@ -1,11 +1,13 @@
 """HeteroCache while decoding: pivots are watched, and satellites get new tokens when their pivot drifts.
 
 Source: HeteroCache, arXiv 2601.13684 (drift monitoring and asynchronous retrieval). Every `steps` tokens of a
-sequence, each pivot's last queries are scored over its own prompt keys. The overlap of their top `base` positions
-with the pivot's reference set is taken, query by query; when the median falls below the threshold, the reference
-becomes the last query's set and each satellite's resident prompt tokens become that query's top positions.
+sequence, each pivot's last queries are scored over its own prompt keys. The overlap of their top `base`
+positions with the pivot's reference set is taken, query by query; when the median falls below the threshold,
+the reference becomes the last query's set and each satellite's resident prompt tokens become that query's top
+positions.
 
-Shapes: B batch, T tokens of this call, Hq query heads, H KV heads, G = Hq/H, D head dim, n prompt tokens, W steps.
+Shapes: B batch, T tokens of this call, Hq query heads, H KV heads, G = Hq/H, D head dim, n prompt tokens, W
+steps.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hcache.cache.offload import OffloadManager
-from hcache.cache.state import Bytes, StoreLayer, add_bytes
+from hcache.cache.state import Bytes, StoreLayer, add_bytes, one_by_one
 from hcache.scoring import Group, Pooling, pool, reduce_group, top_positions, window_attention
 
 
@@ -102,11 +104,13 @@ class HeteroLayer(StoreLayer):
 
     def choose(self, q: Tensor, k: Tensor, v: Tensor, sequence: int) -> list[Tensor]:
         plan, tokens = self._plans[sequence], k.shape[1]
-        watch = Watch({
-            pivot: partial
-            for pivot, members in plan.satellites.items()
-            if (partial := [h for h in members if plan.counts[h] < tokens])
-        })
+        watch = Watch(
+            {
+                pivot: partial
+                for pivot, members in plan.satellites.items()
+                if (partial := [h for h in members if plan.counts[h] < tokens])
+            }
+        )
         self._watches.append(watch)
         everything = torch.arange(tokens, device=k.device)
         if min(plan.counts) >= tokens:
@@ -136,11 +140,7 @@ class HeteroLayer(StoreLayer):
         """Token by token where pivots watch: a refresh inside the question is seen by the rest of it."""
         if not any(watch.pivots for watch in self._watches):
             return super().extend(q, k, v, valid)
-        steps = [
-            self.step(*(x[:, :, t : t + 1] for x in (q, k, v)), None if valid is None else valid[:, t : t + 1])
-            for t in range(k.shape[2])
-        ]
-        return torch.cat(steps, dim=2)
+        return one_by_one(self, q, k, v, valid)
 
     def _deliver(self, b: int) -> None:
         """Write the refreshes that the coming token is to see."""

@@ -1,4 +1,4 @@
-"""FullKV: no compression. Everything is kept on the device and attended to: the line others are held against."""
+"""FullKV: no compression. Everything stays on the device and is attended to: what others are held against."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""HeteroCache: heads have roles, budgets follow stability, pivots watch for drift and satellites are refreshed.
+"""HeteroCache: heads have roles, budgets follow stability, pivots watch for drift and satellites are
+refreshed.
 
-Paper: HeteroCache, ACL 2026, arXiv 2601.13684; official repository ponytaill/HeteroCache 01dc7fe. This file is the
+Paper: HeteroCache, ACL 2026, arXiv 2601.13684; official repository ponytaill/HeteroCache 01dc7fe. This file
+is the
 policy: which head keeps how much. `hcache.methods.drift` is what happens during decoding.
 
 | role | device | host | decoding |
@@ -10,10 +12,10 @@ policy: which head keeps how much. `hcache.methods.drift` is what happens during
 | pivot | full | - | watches for drift on behalf of its satellites |
 | satellite | compressed | full | refreshed when its pivot drifts |
 
-Differences from the official code, which loses tokens or is wrong there: what clipping at the prompt cuts off is
-given to other heads and the sum is exact; each satellite gets its own top positions; decisions are made for each
-sequence; only satellites wait in host memory; roles come from a profile tied to the model's weights; an infeasible
-budget is an error that names the smallest feasible one.
+Differences from the official code, which loses tokens or is wrong there: what clipping at the prompt cuts off
+is given to other heads and the sum is exact; each satellite gets its own top positions; decisions are made
+for each sequence; only satellites wait in host memory; roles come from a profile tied to the model's weights;
+an infeasible budget is an error that names the smallest feasible one.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from hcache.allocation import water_fill
@@ -36,8 +39,8 @@ from hcache.scoring import Group, Pooling, check_kernel
 
 log = logging.getLogger(__name__)
 
-FULL = (Role.VOLATILE, Role.PIVOT)
-"""Roles that keep the whole prompt on the device."""
+Head = tuple[int, int]
+"""(layer, KV head)."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ class HeteroCache(Method):
         pooling: avg or max.
         group: how query heads of one KV head are joined, after pooling.
         steps: decode steps between two looks at the pivots, W.
-        drift_threshold: a pivot has drifted when its median overlap falls below; None takes the stable threshold.
+        drift_threshold: a pivot has drifted when its median overlap falls below; None takes the stable
+            threshold.
         visible_after: a refresh decided after token t is seen by token t + visible_after.
         profile: path of a head profile, or a HeadProfile; None finds the one of the model's fingerprint.
         roles: see RoleSettings.
@@ -106,14 +110,22 @@ class HeteroCache(Method):
             if getattr(self, key) < 1:
                 raise ValueError(f"method.{key}={getattr(self, key)} must be at least 1 token")
         if self.drift_threshold is not None and not 0 <= self.drift_threshold <= 1:
-            raise ValueError(f"method.drift_threshold={self.drift_threshold} must be between 0 and 1 (an overlap)")
+            raise ValueError(
+                f"method.drift_threshold={self.drift_threshold} must be between 0 and 1 (an overlap)"
+            )
 
     def layers(self, geometry: Geometry, budget: Budget, prompt_tokens: list[int]) -> list[LayerState]:
         profile = self.head_profile(geometry)
         roles = self.assign(profile)
         plans = [self.plan(geometry, roles, budget, n) for n in prompt_tokens]
         rule = DriftRule(
-            self.window, self.kernel, self.pooling, self.group, self.steps, self.threshold(roles), self.visible_after
+            self.window,
+            self.kernel,
+            self.pooling,
+            self.group,
+            self.steps,
+            self.threshold(roles),
+            self.visible_after,
         )
         return [
             HeteroLayer([plan[layer] for plan in plans], rule, OffloadManager(self.offload.enabled))
@@ -122,27 +134,22 @@ class HeteroCache(Method):
 
     def head_profile(self, geometry: Geometry) -> HeadProfile:
         """The profile of this model. Raises ValueError for a foreign one, or where there is none."""
-        if self.profile is None:
-            return find_profile(geometry)
-        profile = self.profile if isinstance(self.profile, HeadProfile) else load_profile(str(self.profile))
-        profile.check(geometry)
-        return profile
+        return _resolve(self.profile, geometry)
 
     def assign(self, profile: HeadProfile) -> Roles:
-        """Roles under the settings' thresholds."""
-        return profile.roles(
-            self.roles.stable_threshold, self.roles.similarity_threshold, graph=self.roles.graph
-        )
+        """Roles under the thresholds that were set, else under the profile's own."""
+        settings = self.roles
+        return profile.roles(settings.stable_threshold, settings.similarity_threshold, settings.graph)
 
     def threshold(self, roles: Roles) -> float:
-        """Overlap below which a pivot has drifted."""
+        """Overlap below which a pivot has drifted: its own setting, else the threshold of stable heads."""
         return roles.stable_threshold if self.drift_threshold is None else self.drift_threshold
 
     def minimum_tokens(self, geometry: Geometry, prompt_tokens: int) -> int:
         if self.roles.fit_budget:
             return 2
-        full = len(full_heads(self.assign(self.head_profile(geometry))))
-        return max(2, _smallest(full, geometry, prompt_tokens))
+        roles = self.assign(self.head_profile(geometry))
+        return max(2, smallest_tokens(roles, geometry, prompt_tokens))
 
     def shortage(self) -> str:
         return (
@@ -156,9 +163,9 @@ class HeteroCache(Method):
         fitted, demoted = fit_roles(roles, tokens, geometry, prompt_tokens)
         if not demoted:
             return []
-        before, after = len(full_heads(roles)), len(full_heads(fitted))
         names = ", ".join(f"L{layer}H{head}" for layer, head in demoted)
-        return [f"roles.fit_budget: {after} of {before} full heads stay full; demoted to compressed: {names}"]
+        kept = f"{fitted.full_heads} of {roles.full_heads} full heads stay full"
+        return [f"roles.fit_budget: {kept}; demoted to compressed: {names}"]
 
     def plan(self, geometry: Geometry, roles: Roles, budget: Budget, prompt_tokens: int) -> list[LayerPlan]:
         """What each layer keeps of one prompt; the sum over heads is the budget exactly."""
@@ -170,66 +177,65 @@ class HeteroCache(Method):
         return role_plans(geometry, roles, tokens, prompt_tokens)
 
 
-def full_heads(roles: Roles) -> list[tuple[int, int]]:
-    """(layer, head) of heads that keep everything."""
-    return [
-        (layer, head)
-        for layer, row in enumerate(roles.matrix)
-        for head, role in enumerate(row)
-        if role in FULL
-    ]
+@lru_cache(maxsize=16)
+def _resolve(profile: HeadProfile | str | None, geometry: Geometry) -> HeadProfile:
+    """Found, read and checked once for all prompts of a run."""
+    if profile is None:
+        return find_profile(geometry)
+    given = profile if isinstance(profile, HeadProfile) else load_profile(profile)
+    given.check(geometry)
+    return given
 
 
-def _smallest(full: int, geometry: Geometry, prompt_tokens: int) -> int:
-    """Average tokens from which `full` full heads leave the others a head's worth of tokens between them.
+def smallest_tokens(roles: Roles, geometry: Geometry, prompt_tokens: int) -> int:
+    """Average tokens per head from which the budget exceeds what the full heads keep by one head's prompt.
 
-    With every head full there is nothing to compress and the whole prompt is needed.
+    With F full heads that is (F + 1) / (L * H) of the prompt, the official rule int(rho * L * H) > F.
     """
-    return min(prompt_tokens, math.ceil((full + 1) * prompt_tokens / geometry.heads))
+    return min(prompt_tokens, math.ceil((roles.full_heads + 1) * prompt_tokens / geometry.heads))
 
 
-def fit_roles(
-    roles: Roles, tokens: int, geometry: Geometry, prompt_tokens: int
-) -> tuple[Roles, list[tuple[int, int]]]:
-    """Demote full heads until `tokens` are feasible: stable volatile heads first, then pivots of few satellites.
+def fit_roles(roles: Roles, tokens: int, geometry: Geometry, prompt_tokens: int) -> tuple[Roles, list[Head]]:
+    """Demote full heads until `tokens` on average are feasible.
 
-    A demoted head becomes an anchor, and so do the satellites of a demoted pivot: nobody watches for them.
+    The most stable volatile heads go first, then the pivots with the fewest satellites.
+
+    Returns:
+        the roles that remain and the demoted heads, in order.
     """
-    demoted: list[tuple[int, int]] = []
-    for layer, head in _demotion_order(roles):
-        if tokens >= _smallest(len(full_heads(roles)), geometry, prompt_tokens):
+    demoted: list[Head] = []
+    for head in _demotion_order(roles):
+        if tokens >= smallest_tokens(roles, geometry, prompt_tokens):
             break
-        roles = roles.demote(layer, head)
-        demoted.append((layer, head))
+        roles = roles.demote(*head)
+        demoted.append(head)
     return roles, demoted
 
 
-def _demotion_order(roles: Roles) -> list[tuple[int, int]]:
-    """Full heads in the order in which they are given up."""
-    by_role: dict[Role, list[tuple[int, int]]] = {role: [] for role in FULL}
-    for layer, head in full_heads(roles):
-        by_role[roles.matrix[layer][head]].append((layer, head))
-    volatile = sorted(by_role[Role.VOLATILE], key=lambda at: -roles.stability_of(*at))
-    pivots = sorted(by_role[Role.PIVOT], key=lambda at: len(roles.satellites(*at)))
-    return volatile + pivots
+def _demotion_order(roles: Roles) -> list[Head]:
+    """Full heads in the order in which they are given up; without scores, volatile heads go by position."""
+    heads = [(layer, head) for layer in range(roles.layers) for head in range(roles.kv_heads)]
+    volatile = [at for at in heads if roles.matrix[at[0]][at[1]] is Role.VOLATILE]
+    pivots = [at for at in heads if roles.matrix[at[0]][at[1]] is Role.PIVOT]
+    volatile.sort(key=lambda at: -roles.stability_of(*at))
+    return volatile + sorted(pivots, key=lambda at: len(roles.satellites(*at)))
 
 
 def role_plans(geometry: Geometry, roles: Roles, tokens: int, prompt_tokens: int) -> list[LayerPlan]:
     """Split `tokens` on average over all heads: full heads keep all, the others by weight, none above n."""
-    full = set(full_heads(roles))
     heads = [(layer, head) for layer in range(geometry.layers) for head in range(geometry.kv_heads)]
-    compressed = [at for at in heads if at not in full]
-    left = tokens * geometry.heads - len(full) * prompt_tokens
-    base = min(prompt_tokens, max(1, left // len(compressed))) if compressed else prompt_tokens
-    shares = water_fill([roles.weight_of(*at) for at in compressed], max(left, 0), prompt_tokens)
-    counts = dict.fromkeys(full, prompt_tokens) | dict(zip(compressed, shares, strict=True))
+    weights = {at: weight for at in heads if (weight := roles.weights[at[0]][at[1]]) is not None}
+    left = tokens * geometry.heads - (len(heads) - len(weights)) * prompt_tokens
+    shares = water_fill(list(weights.values()), max(left, 0), prompt_tokens)
+    counts = dict.fromkeys(heads, prompt_tokens) | dict(zip(weights, shares, strict=True))
+    base = min(prompt_tokens, max(1, left // len(weights))) if weights else prompt_tokens
     return [
         LayerPlan(
             counts=[counts[layer, head] for head in range(geometry.kv_heads)],
             satellites={
-                pivot: roles.satellites(layer, pivot)
+                pivot: list(members)
                 for pivot in range(geometry.kv_heads)
-                if roles.matrix[layer][pivot] is Role.PIVOT
+                if (members := roles.satellites(layer, pivot))
             },
             base=base,
         )

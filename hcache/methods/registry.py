@@ -28,7 +28,9 @@ def make(method: str | Method, **hyper: Any) -> Method:
     """
     if isinstance(method, Method):
         if hyper:
-            raise ValueError(f"{', '.join(hyper)}: give hyper-parameters with a method's name, not with an object")
+            raise ValueError(
+                f"{', '.join(hyper)}: give hyper-parameters with a method's name, not with an object"
+            )
         return method
     cls = METHODS.get(method)
     fields = cls.__dataclass_fields__
@@ -47,7 +49,9 @@ def load_entry_points() -> None:
         try:
             entry.load()
         except Exception:
-            log.exception("the method plug-in %s (%s) could not be imported and is left out", entry.name, entry.value)
+            log.exception(
+                "the method plug-in %s (%s) could not be imported and is left out", entry.name, entry.value
+            )
 
 
 def load_file(path: str) -> None:
@@ -58,7 +62,9 @@ def load_file(path: str) -> None:
     """
     file = Path(path).expanduser().resolve()
     if file.suffix != ".py" or not file.is_file():
-        raise ValueError(f"plugins: {path} is not a Python file; give the path of a .py file that registers a method")
+        raise ValueError(
+            f"plugins: {path} is not a Python file; give the path of a .py file that registers a method"
+        )
     name = f"hcache_plugin_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None

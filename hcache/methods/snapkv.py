@@ -1,7 +1,7 @@
 """SnapKV: one-shot prompt compression by what the last `window` queries attend to.
 
-Paper: SnapKV, NeurIPS 2024, arXiv 2404.14469 (section 4; Listing 1). Kept on the device: the window and, for each
-KV head, the best-voted earlier tokens. Lost for good: the rest of the prompt. Generated tokens all stay.
+Paper: SnapKV, NeurIPS 2024, arXiv 2404.14469 (section 4; Listing 1). Kept on the device: the window and, for
+each KV head, the best-voted earlier tokens. Lost for good: the rest of the prompt. Generated tokens all stay.
 
 Differences from the official code (FasterDecoding/SnapKV e216ddc), both named because they change bytes:
 scores are reduced over the GQA group before selecting, so KV is stored once per KV head and not repeated for
@@ -47,7 +47,9 @@ class SnapKV(EvictionMethod):
         return self.window + 1
 
     def shortage(self) -> str:
-        return f": method.window={self.window} must be smaller than the budget; lower window or raise the budget"
+        return (
+            f": method.window={self.window} must be smaller than the budget; lower window or raise the budget"
+        )
 
     def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         votes = reduce_group(window_attention(q, k, self.window), self.group)

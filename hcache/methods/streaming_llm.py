@@ -1,11 +1,12 @@
 """StreamingLLM: attention sinks and a sliding window of recent tokens, constant in size.
 
-Paper: Efficient Streaming Language Models with Attention Sinks, ICLR 2024, arXiv 2309.17453 (section 3.2). Kept on
-the device: the first `sinks` tokens and the latest ones, the same for all heads. Lost for good: all between. Each
-decode step appends a token, attends (sinks, window and itself), and evicts the oldest of the window.
+Paper: Efficient Streaming Language Models with Attention Sinks, ICLR 2024, arXiv 2309.17453 (section 3.2).
+Kept on the device: the first `sinks` tokens and the latest ones, the same for all heads. Lost for good: all
+between. Each decode step appends a token, attends (sinks, window and itself), and evicts the oldest of the
+window.
 
-Difference from the official code (mit-han-lab/streaming-llm 2e50426): keys keep their original RoPE positions, as in
-every compression comparison; the prompt is prefilled densely and compressed afterwards.
+Difference from the official code (mit-han-lab/streaming-llm 2e50426): keys keep their original RoPE
+positions, as in every compression comparison; the prompt is prefilled densely and compressed afterwards.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hcache.budget import Budget
-from hcache.cache.state import Bytes, LayerState, StoreLayer
+from hcache.cache.state import Bytes, LayerState, StoreLayer, one_by_one
 from hcache.geometry import Geometry
 from hcache.methods.base import Method
 from hcache.methods.registry import register
@@ -95,20 +96,18 @@ class StreamingLayer(StoreLayer):
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """Token by token: each evicts before the next one comes, exactly as in decoding."""
-        steps = [
-            self.step(*(x[:, :, t : t + 1] for x in (q, k, v)), None if valid is None else valid[:, t : t + 1])
-            for t in range(k.shape[2])
-        ]
-        return torch.cat(steps, dim=2)
+        return one_by_one(self, q, k, v, valid)
 
     def _make_room(self) -> None:
         """Room for one token more, until the ring has its full size; from then on nothing moves."""
         self._fed += 1
-        self.store.grow([
-            min(prompt + self._fed, capacity + 1)
-            for prompt, capacity in zip(self._prompt, self._capacities, strict=True)
-            for _ in range(self._heads)
-        ])
+        self.store.grow(
+            [
+                min(prompt + self._fed, capacity + 1)
+                for prompt, capacity in zip(self._prompt, self._capacities, strict=True)
+                for _ in range(self._heads)
+            ]
+        )
 
     def _put(self, slot_B: Tensor, k: Tensor, v: Tensor, real_B: Tensor | None) -> None:
         slot_S = slot_B.repeat_interleave(self._heads)

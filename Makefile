@@ -1,0 +1,37 @@
+# `make help` lists the targets. Each prepares .venv by itself; only Python 3.11+, git and make are needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help run test check format clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+# A stamp instead of the directory: an installation that broke off is done again.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(TORCH_INSTALL)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,analysis]'
+	touch $@
+
+run: $(VENV)/.installed ## compression methods side by side on the embedded model (CPU, no network)
+	$(BIN)/python run.py -m experiment=first_run
+
+test: $(VENV)/.installed ## the whole test suite (CPU, no network)
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed ## mend what lint and format can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environment (outputs stay)
+	rm -rf $(VENV)

@@ -1,0 +1,157 @@
+"""Invariant 3: bytes are the formula's, real, and freed; nothing of query-head width is cached."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from types import FunctionType, ModuleType
+
+import pytest
+import torch
+
+from hcache import Generator, InfeasibleBudget, KVCache
+from hcache.cache.state import LayerState
+from hcache.cache.store import RaggedStore
+from tests.contract.cases import CASES, Case
+from tests.tiny_models import prompts, tiny_model
+
+TOKENS = 700
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+def filled(case: Case, budget: float | int, padded: bool = False) -> KVCache:
+    model = tiny_model("llama", 4)
+    ids, mask = prompts(2, TOKENS, padded)
+    cache = case.cache(model, budget)
+    with torch.inference_mode():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    return cache
+
+
+@pytest.mark.parametrize("budget", [0.43, 0.5, 301])
+def test_payload_is_the_budget_exactly(case: Case, budget: float | int) -> None:
+    cache = filled(case, budget, padded=True)
+    geometry, method = cache.geometry, cache.method
+    kept = [cache.budget.tokens(n) if method.uses_budget else n for n in cache.prompt_tokens]
+    token = 2 * geometry.head_dim * 4
+    assert cache.nbytes()["device"]["payload"] == sum(kept) * geometry.heads * token
+    assert cache.full_nbytes() == sum(cache.prompt_tokens) * geometry.heads * token
+
+
+def test_kept_positions_add_up_to_the_budget(case: Case) -> None:
+    cache = filled(case, 0.45)
+    total = sum(h.numel() for layer in range(cache.geometry.layers) for h in cache.kept(layer)[0])
+    expected = cache.budget.tokens(TOKENS) if cache.method.uses_budget else TOKENS
+    assert total == expected * cache.geometry.heads
+    assert cache.attended_fraction() == pytest.approx(expected / TOKENS)
+
+
+OUTSIDE = (torch.nn.Module, type, ModuleType, FunctionType)
+
+
+def reachable_bytes(root: object) -> int:
+    """Bytes of all tensor storages that are reachable from an object without passing a module or function."""
+    storages, seen, queue = {}, set(), [root]
+    while queue:
+        thing = queue.pop()
+        if id(thing) in seen or isinstance(thing, OUTSIDE):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, torch.Tensor):
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        else:
+            queue += gc.get_referents(thing)
+    return sum(storages.values())
+
+
+def test_nbytes_count_every_tensor_that_the_states_hold(case: Case) -> None:
+    cache = filled(case, 0.45)
+    # Positions are a record for kept(), on the host; no step reads them.
+    record = sum({p.data_ptr(): p.nbytes for s in cache.states for b in s._kept for p in b}.values())
+    counted = sum(sum(side.values()) for side in cache.nbytes().values())
+    held = reachable_bytes([vars(state) for state in cache.states])
+    assert held == pytest.approx(counted + record, rel=0.01)
+
+
+def test_freeing_the_cache_frees_its_states(case: Case) -> None:
+    cache = filled(case, 0.45)
+    alive = [weakref.ref(state) for state in cache.states]
+    del cache
+    assert all(state() is None for state in alive), "states must not wait for the garbage collector"
+
+
+def test_nothing_of_query_head_width_is_cached(case: Case) -> None:
+    model = tiny_model("llama", 1)
+    ids, _ = prompts(1, 200)
+    cache = case.cache(model, 0.6)
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+    kv_width = cache.full_nbytes()
+    sizes = cache.nbytes()
+    stored = sum(side["payload"] for side in sizes.values())
+    assert stored <= kv_width
+
+
+def test_constant_methods_stay_and_others_grow_by_one_token_a_step(case: Case) -> None:
+    model = tiny_model("llama", 4)
+    ids, _ = prompts(1, 80)
+    cache = case.cache(model, 0.5)
+    token = 2 * cache.geometry.head_dim * 4 * cache.geometry.heads
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+        start = cache.nbytes()["device"]["payload"]
+        for t in range(1, 90):
+            model(ids[:, t % 80 : t % 80 + 1], past_key_values=cache)
+            growth = 0 if case.constant else t * token
+            assert cache.nbytes()["device"]["payload"] == start + growth
+
+
+def test_a_constant_size_begins_where_the_budget_is_reached() -> None:
+    model = tiny_model("llama", 4)
+    ids, _ = prompts(1, 20)
+    cache = KVCache(model, "streaming_llm", 30)
+    token = 2 * 16 * 4 * cache.geometry.heads
+    sizes = []
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+        for _ in range(15):
+            sizes.append(cache.nbytes()["device"]["payload"] // token)
+            model(ids[:, :1], past_key_values=cache)
+    assert sizes == [*range(20, 31), 30, 30, 30, 30]
+
+
+def test_prefill_holds_one_full_layer_at_a_time(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a layer is prefilled, the layers before it hold what they keep and no full key or value."""
+    seen: list[int] = []
+    original = RaggedStore.__init__
+
+    def record(self: RaggedStore, lengths: list[int], **options: object) -> None:
+        seen.append(sum(lengths))
+        original(self, lengths, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RaggedStore, "__init__", record)
+    cache = filled(case, 0.45)
+    assert len(seen) == cache.geometry.layers
+    states: list[LayerState] = cache.states
+    for state in states:
+        shared = state.store.keys.untyped_storage().nbytes()  # type: ignore[attr-defined]
+        assert shared == state.store.keys.nbytes  # type: ignore[attr-defined]
+
+
+def test_an_infeasible_budget_names_the_smallest(case: Case) -> None:
+    model = tiny_model("llama", 4)
+    ids, _ = prompts(1, 100)
+    if not case.make(model).uses_budget:
+        pytest.skip("keeps everything whatever the budget")
+    with pytest.raises(InfeasibleBudget) as caught:
+        Generator(model, case.make(model), 0.01).generate(ids, max_new_tokens=1)
+    smallest = caught.value.smallest_tokens
+    out = Generator(model, case.make(model), smallest).generate(ids, max_new_tokens=1)
+    assert out.memory.resident_fraction < 1
+    if smallest > 2:
+        with pytest.raises(InfeasibleBudget):
+            Generator(model, case.make(model), smallest - 1).generate(ids, max_new_tokens=1)
