@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The release that tests were last run with; `make TORCH=torch test` takes the newest.
+TORCH ?= torch==2.13.0
 
 .PHONY: help run test check format clean
 .DEFAULT_GOAL := help
@@ -13,9 +15,7 @@ help: ## this list
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(TORCH_INSTALL)
-	$(BIN)/python -m pip install --quiet --editable '.[dev,analysis]'
+	$(BIN)/python -m pip install --quiet '$(TORCH)' --editable '.[dev,analysis]'
 	touch $@
 
 run: $(VENV)/.installed ## compression methods side by side on the embedded model (CPU, no network)

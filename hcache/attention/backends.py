@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -128,6 +129,13 @@ def _chunk_scores(rows_SWD: Tensor, ragged: Ragged, limits_ST: Tensor) -> Tensor
 BACKENDS: dict[str, Backend] = {"reference": ReferenceBackend(), "sdpa": SdpaBackend()}
 
 
+@lru_cache(maxsize=1)
+def _fastest() -> str:
+    """What `auto` stands for; logged once."""
+    log.info("attention backend: sdpa (chosen by auto)")
+    return "sdpa"
+
+
 def resolve(name: str = "auto") -> tuple[str, Backend]:
     """The backend called `name` and its real name; `auto` takes the fastest that is available and logs it.
 
@@ -135,8 +143,7 @@ def resolve(name: str = "auto") -> tuple[str, Backend]:
         ValueError: no such backend.
     """
     if name == "auto":
-        name = "sdpa"
-        log.info("attention backend: %s (chosen by auto)", name)
+        name = _fastest()
     if name not in BACKENDS:
         raise ValueError(unknown_name("attention backend", name, [*BACKENDS, "auto"]))
     return name, BACKENDS[name]
