@@ -1,0 +1,110 @@
+"""Scores of answers, and what a set of scores can support: intervals and paired comparisons.
+
+Pure functions of their arguments; random draws come from a seed. Knows no benchmark and no record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_BLOCK = 4_000_000  # indices drawn at a time
+
+
+def exact_match(said: Sequence[str], right: Sequence[str]) -> float:
+    """Share of places, 0 to 1, where what was said is exactly right.
+
+    Raises:
+        ValueError: lists of unequal length, or empty ones.
+    """
+    if not right or len(said) != len(right):
+        raise ValueError(f"exact_match compares answers one by one; got {len(said)} for {len(right)}")
+    return sum(s == r for s, r in zip(said, right, strict=True)) / len(right)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A paired difference of means, its interval, and how often chance alone would bring one as large."""
+
+    difference: float
+    ci: tuple[float, float]
+    p_value: float
+
+
+def bootstrap_ci(
+    values: Sequence[float], seed: int, level: float = 0.95, draws: int = 10_000
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean (Efron 1979); the same seed gives the same interval.
+
+    Raises:
+        ValueError: no values, a level outside (0, 1), or fewer than 1 draw.
+    """
+    return _interval(_bootstrap_means(_checked(values), seed, draws), level)
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], seed: int, level: float = 0.95, draws: int = 10_000
+) -> Comparison:
+    """Mean of a - b over the same examples, with its bootstrap interval and a two-sided p-value.
+
+    The p-value is the share of sign-flipped resamplings (each pair kept or swapped by a fair coin, which is
+    exact if the two are alike) whose mean is at least as far from 0, with one added to both counts.
+
+    Args:
+        a, b: scores, entry i of both on the same example.
+
+    Raises:
+        ValueError: unequal lengths, no values, a level outside (0, 1), or fewer than 1 draw.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"a paired comparison needs the same examples; got {len(a)} and {len(b)} scores")
+    gaps = _checked(a) - _checked(b)
+    means = _bootstrap_means(gaps, seed, draws)
+    return Comparison(float(gaps.mean()), _interval(means, level), _flip_p_value(gaps, seed, draws))
+
+
+def _checked(values: Sequence[float]) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"needs a list of one or more scores; got shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError("scores must be finite numbers")
+    return array
+
+
+def _blocks(size: int, draws: int) -> list[int]:
+    """Draws in blocks that fit in memory."""
+    if draws < 1:
+        raise ValueError(f"draws={draws} must be at least 1")
+    block = max(1, _BLOCK // size)
+    return [min(block, draws - done) for done in range(0, draws, block)]
+
+
+def _bootstrap_means(array: NDArray[np.float64], seed: int, draws: int) -> NDArray[np.float64]:
+    """Means [draws] of resamples with replacement."""
+    rng = np.random.default_rng(seed)
+    shapes = [(rows, array.size) for rows in _blocks(array.size, draws)]
+    return np.concatenate([array[rng.integers(0, array.size, shape)].mean(axis=1) for shape in shapes])
+
+
+def _flip_p_value(gaps: NDArray[np.float64], seed: int, draws: int) -> float:
+    rng = np.random.default_rng((seed, 1))
+    observed = abs(gaps.sum()) - 1e-12 * max(
+        1.0, np.abs(gaps).sum()
+    )  # sums in another order differ by rounding
+    extreme = 0
+    for rows in _blocks(gaps.size, draws):
+        signs = rng.integers(0, 2, (rows, gaps.size), dtype=np.int8) * 2.0 - 1.0
+        extreme += int((np.abs(signs @ gaps) >= observed).sum())
+    return (extreme + 1) / (draws + 1)
+
+
+def _interval(means: NDArray[np.float64], level: float) -> tuple[float, float]:
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} must lie between 0 and 1")
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, (tail, 1 - tail))
+    return float(low), float(high)
