@@ -17,6 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from hcache.models import LoadedModel, load
 from hcache.profiling import HeadProfile, Role, Roles, profile_heads
@@ -97,6 +98,7 @@ def _profile(run: RunConfig) -> str:
         check_suffix(Path(settings.out))
     if run.runtime.threads is not None:
         torch.set_num_threads(run.runtime.threads)
+    disable_progress_bar()  # transformers' own, of the weights
     loaded = load(run.model, run.runtime.device)
     out = _place(settings, loaded)
     prompts = [_encode(name, text, loaded, settings.prompt_tokens) for name, text in texts.items()]
@@ -139,7 +141,8 @@ def _place(settings: ProfileRunner, loaded: LoadedModel) -> Path:
 
 
 def _encode(name: str, text: str, loaded: LoadedModel, tokens: int) -> Tensor:
-    ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"][0]
+    # verbose would warn that the whole text exceeds the model's window; only its start is used.
+    ids = loaded.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     if len(ids) < tokens:
         log.warning(
             "%s has %d tokens, fewer than profile.prompt_tokens=%d; all are used", name, len(ids), tokens

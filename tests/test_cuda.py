@@ -1,4 +1,4 @@
-"""The contract on a GPU: `pytest -m gpu tests/test_cuda.py`. Needs no package beyond torch and transformers."""
+"""The contract on a GPU: `pytest -m gpu tests/test_cuda.py`; torch and transformers are enough."""
 
 from __future__ import annotations
 
