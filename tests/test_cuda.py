@@ -33,14 +33,14 @@ def test_a_budget_for_everything_equals_the_full_cache(case: Case, model: PreTra
     ids, mask = (x.cuda() for x in prompts(4, 90, padded=True))
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     cache, full = case.cache(model, 200), DynamicCache(config=model.config)
-    tolerance = 1e-4 if model.dtype is torch.float32 else 0.2
+    tolerance = 1e-5 if model.dtype is torch.float32 else 3e-2
     with torch.inference_mode():
         for _ in range(20):
             ours, theirs = (
                 model(ids, attention_mask=mask, position_ids=positions, past_key_values=c).logits[:, -1]
                 for c in (cache, full)
             )
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+            assert (ours - theirs).norm() / theirs.norm() < tolerance
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             ids, positions = theirs.argmax(-1, keepdim=True), positions[:, -1:] + 1
 
@@ -68,10 +68,16 @@ def test_freeing_the_cache_lowers_allocated_memory_by_its_bytes(case: Case, mode
         model(ids.cuda(), past_key_values=cache, logits_to_keep=1)
     torch.cuda.synchronize()
     device = sum(cache.nbytes()["device"].values())
-    before = torch.cuda.memory_allocated()
+    gc.collect()  # models of earlier tests
+    before = requested()
     del cache
     gc.collect()
-    assert before - torch.cuda.memory_allocated() == pytest.approx(device, rel=0.01)
+    assert before - requested() == pytest.approx(device, rel=0.01)
+
+
+def requested() -> int:
+    """Bytes asked of the CUDA allocator and not yet freed, without its rounding to whole blocks."""
+    return int(torch.cuda.memory_stats()["requested_bytes.all.current"])
 
 
 def test_satellites_wait_in_host_memory_and_come_back(model: PreTrainedModel) -> None:
