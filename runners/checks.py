@@ -1,0 +1,83 @@
+"""What the settings of a cell mean together, checked before any model loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from hcache import records
+from hcache.budget import InfeasibleBudget
+from hcache.models import check_path
+from hcache.registry import unknown_name
+from runners import RUNNERS
+from runners.config import ConfigError, RunConfig, budget_of, geometry_of
+from runners.plan import PlannedCell, compose_all, planned
+from runners.prompts import check_lengths
+
+_TAG_CHARACTERS = 64
+TRACKERS = ("wandb", "none")
+
+
+def check_all(overrides: Sequence[str], multirun: bool) -> list[PlannedCell]:
+    """Every cell of a command line that will leave a record, checked. Raises ValueError as check_run."""
+    plans = [check_run(run) for run in compose_all(overrides, multirun)]
+    return [plan for plan in plans if plan is not None]
+
+
+def check_run(run: RunConfig) -> PlannedCell | None:
+    """The cell that `run` plans; None for another runner than evaluate, which keeps records of its own.
+
+    Raises:
+        ValueError: settings that don't go together, a model that isn't there, a foreign profile, a record
+            at the cell's place that can't be read back.
+    """
+    _check_names(run)
+    if run.runner.name != "evaluate":
+        check_path(run.model)
+        return None
+    _check_window(run)
+    check_path(run.model)
+    with suppress(InfeasibleBudget):  # a result, not a mistake: the cell will say so in its record
+        known_infeasible(run)
+    plan = planned(run)
+    records.read_result(plan.directory)
+    return plan
+
+
+def _check_names(run: RunConfig) -> None:
+    for kind, name, known in (("runner", run.runner.name, RUNNERS), ("tracker", run.tracker.name, TRACKERS)):
+        if name not in known:
+            raise ConfigError(unknown_name(kind, name, known))
+    if run.tag != records.safe_name(run.tag) or len(run.tag) > _TAG_CHARACTERS:
+        raise ConfigError(
+            f"tag={run.tag!r} names a directory and a W&B group: "
+            f"use up to {_TAG_CHARACTERS} letters, digits and ._=+-"
+        )
+
+
+def _check_window(run: RunConfig) -> None:
+    """A window that a method always keeps must leave room in a budget of tokens."""
+    tokens = budget_of(run).kept_tokens
+    window = getattr(run.method, "window", None)
+    if run.method.uses_budget and tokens is not None and window is not None and window >= tokens:
+        raise ConfigError(
+            f"method.window={window} must be smaller than the budget of {tokens} tokens; "
+            "lower window or raise the budget"
+        )
+
+
+def known_infeasible(run: RunConfig) -> None:
+    """Compare budget and method for the prompt lengths that the benchmark knows ahead, from the model's
+    config.
+
+    Raises:
+        InfeasibleBudget: no example of the benchmark could run.
+        ValueError: the method refuses the model (a foreign profile, or none).
+    """
+    lengths = run.benchmark.prompt_lengths()
+    if not run.method.uses_budget or not lengths:
+        return
+    shape = geometry_of(run.model)
+    if shape.fingerprint is None and hasattr(run.method, "profile"):
+        return  # Which profile fits can't be told before the weights are here.
+    check_lengths(run.method, shape, budget_of(run), lengths)

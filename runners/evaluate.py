@@ -1,0 +1,181 @@
+"""runner=evaluate: one cell from its configuration to its records.
+
+Read back what is done, load the model, run the rest batch by batch, each batch forced to disk before the
+next begins, and sum up. A cell never raises into the launcher: it ends as completed, infeasible, failed
+(with its traceback) or interrupted. Knows the library's interfaces and the records; no method, benchmark or
+tracker by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from hcache import records
+from hcache.budget import InfeasibleBudget
+from hcache.records import Line, Predictions, Result
+from runners import CellOutcome
+from runners.checks import known_infeasible
+from runners.config import RunConfig, budget_of
+from runners.interrupt import Interrupted, StopSignal
+from runners.plan import PlannedCell, planned
+from runners.progress import CellProgress
+from runners.prompts import Prompt
+from runners.summary import mean, summarise
+from runners.tracking import Tracker, make_tracker
+from runners.work import Worker
+
+log = logging.getLogger(__name__)
+
+
+def run(config: RunConfig) -> CellOutcome:
+    """Evaluate one cell, or read back what an earlier run of it left."""
+    plan = planned(config)
+    stored = records.read_result(plan.directory)
+    if stored is not None and is_done(stored, config.benchmark.limit):
+        log.info("%s is done, read back", plan.directory)
+        return CellOutcome(stored["status"], plan.directory)
+    with StopSignal() as stop:
+        try:
+            _evaluate(plan, stop)
+        except Interrupted:
+            return CellOutcome("interrupted", plan.directory, "stopped; the same command goes on from here")
+        except InfeasibleBudget as error:
+            return _without_numbers(plan, "infeasible", error)
+        except (Exception, SystemExit) as error:
+            return _without_numbers(plan, "failed", error)
+    return CellOutcome("completed", plan.directory)
+
+
+def is_done(result: Result, limit: int | None) -> bool:
+    """Whether a stored result answers a run with this limit. A lower limit is answered by what there is."""
+    if result["status"] != "completed":
+        return False
+    stored = result["config"]["benchmark"]["limit"]
+    return stored is None or (limit is not None and limit <= stored)
+
+
+def _evaluate(plan: PlannedCell, stop: StopSignal) -> None:
+    stop.check()
+    known_infeasible(plan.run)
+    worker = Worker(plan.run)
+    predictions = Predictions(plan.directory)
+    finished, pending = _resume(worker.prompts, predictions)
+    tracker = make_tracker(plan.run.tracker, plan.cell, plan.directory)
+    tracker.start(plan.config, finished)
+    lines, result = list(finished), None
+    try:
+        with CellProgress(plan.directory.name, len(worker.prompts), finished) as progress:
+            for batch in pending:
+                stop.check()
+                lines += _run_batch(worker, batch, predictions, tracker, progress)
+        result = _completed(plan, worker, lines)
+        records.write_result(plan.directory, result)
+    finally:
+        tracker.finish(result, lines)
+
+
+def _resume(prompts: Sequence[Prompt], predictions: Predictions) -> tuple[list[Line], list[list[Prompt]]]:
+    """What stands and what is to run. Lines of batches that run again are removed before they do."""
+    recorded = predictions.load()
+    finished, pending = split(prompts, recorded)
+    again = {prompt.key for batch in pending for prompt in batch}
+    kept = [line for line in recorded if _key(line) not in again]
+    if len(kept) < len(recorded):
+        predictions.rewrite(kept)
+    return finished, pending
+
+
+def _run_batch(
+    worker: Worker,
+    batch: Sequence[Prompt],
+    predictions: Predictions,
+    tracker: Tracker,
+    progress: CellProgress,
+) -> list[Line]:
+    lines = worker.run(batch)
+    predictions.append(lines)
+    for line in lines:
+        tracker.example(line)
+        progress.update(line)
+    return lines
+
+
+def split(prompts: Sequence[Prompt], recorded: Sequence[Line]) -> tuple[list[Line], list[list[Prompt]]]:
+    """Lines that stand, in canonical order, and batches to run: one with any member missing runs whole."""
+    known = {_key(line): line for line in recorded}
+    by_batch: dict[int, list[Prompt]] = {}
+    for prompt in prompts:
+        by_batch.setdefault(prompt.batch, []).append(prompt)
+    whole = {number: all(p.key in known for p in members) for number, members in by_batch.items()}
+    finished = [known[prompt.key] for prompt in prompts if whole[prompt.batch]]
+    return finished, [members for number, members in by_batch.items() if not whole[number]]
+
+
+def _key(line: Line) -> tuple[str, str]:
+    return line["task"], line["id"]
+
+
+def _completed(plan: PlannedCell, worker: Worker, lines: Sequence[Line]) -> Result:
+    by_key = {_key(line): line for line in lines}
+    ordered = [by_key[prompt.key] for prompt in worker.prompts]
+    summary = summarise(ordered, _requested(plan))
+    scores = {name: task["score"] for name, task in summary["tasks"].items()}
+    return {
+        **_head(plan, "completed"),
+        "score": overall(plan.run.benchmark, scores),
+        **summary,
+        "notes": worker.notes(),
+        "provenance": records.provenance(
+            device=worker.device_name,
+            started=min(line["started"] for line in ordered),
+            seconds=sum(line["seconds"] for line in ordered),
+            seed=plan.run.runtime.seed,
+        ),
+    }
+
+
+def overall(benchmark: Any, scores: dict[str, float]) -> float:
+    """The benchmark's own average of its tasks' scores (0 to 100), or their plain mean where it has none."""
+    aggregate = getattr(benchmark, "aggregate", None)
+    return float(aggregate(scores)) if aggregate else mean(list(scores.values()))
+
+
+def _requested(plan: PlannedCell) -> dict[str, Any]:
+    """The budget as asked for; a method that ignores it is asked for everything."""
+    if not plan.run.method.uses_budget:
+        return {"requested_fraction": 1.0, "requested_tokens": None}
+    budget = budget_of(plan.run)
+    return {"requested_fraction": budget.kept_fraction, "requested_tokens": budget.kept_tokens}
+
+
+def _head(plan: PlannedCell, status: str) -> Result:
+    return {
+        "schema": records.SCHEMA,
+        "status": status,
+        "cell": plan.cell.record(),
+        "config": plan.config,
+        "config_hash": plan.cell.config_hash,
+    }
+
+
+def _without_numbers(plan: PlannedCell, status: str, error: BaseException) -> CellOutcome:
+    """Record a cell that has no numbers, and why."""
+    message = str(error) or type(error).__name__
+    reason: dict[str, Any] = {"type": type(error).__name__, "message": message}
+    if isinstance(error, InfeasibleBudget):
+        reason["smallest_fraction"] = error.smallest_fraction
+        reason["smallest_tokens"] = error.smallest_tokens
+    else:
+        reason["traceback"] = "".join(traceback.format_exception(error))
+    result = {
+        **_head(plan, status),
+        "error": reason,
+        "budget": _requested(plan),
+        "provenance": records.provenance(None, records.now(), 0.0, plan.run.runtime.seed),
+    }
+    records.write_result(plan.directory, result)
+    log.warning("%s is %s: %s", plan.directory, status, message)
+    return CellOutcome(status, plan.directory, message)

@@ -1,0 +1,132 @@
+"""The one table at the end of a command: every cell's result side by side, read from its record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from rich import box, get_console
+from rich.console import Console
+from rich.table import Table
+
+from hcache.records import Result
+
+_WIDTH_WITHOUT_TERMINAL = 200
+Column = tuple[str, Callable[[Result], str]]
+
+
+def comparison(results: Sequence[Result]) -> Table:
+    """Score per task with its 95% interval, resident KV bytes, prefill and decode time, each time against
+    FullKV.
+
+    A cell without numbers (infeasible, failed) is a row with its status and gaps.
+    """
+    tasks = list(dict.fromkeys(task for result in results for task in result.get("tasks", {})))
+    columns = [
+        *_name_columns(results),
+        *(_task_column(task) for task in tasks),
+        *_measured_columns(results, tasks),
+    ]
+    table = Table(title="Compression methods side by side", title_justify="left", caption_justify="left")
+    table.box, table.padding = box.SIMPLE_HEAD, (0, 0)
+    for position, (header, _) in enumerate(columns):
+        # On a narrow terminal a number and its interval may go on two lines; names stay whole.
+        side: Any = "left" if position == 0 else "right"
+        table.add_column(header, justify=side, no_wrap=position < 2, overflow="fold")
+    for result in results:
+        table.add_row(*(value(result) for _, value in columns))
+    table.caption = "\n".join([*_legend(results), *_notes(results)])
+    return table
+
+
+def show(results: Sequence[Result], console: Console | None = None) -> None:
+    """Print the table, wide enough for its columns where there is no terminal to ask."""
+    console = console or get_console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=_WIDTH_WITHOUT_TERMINAL)
+    console.print(comparison(results))
+
+
+def _name_columns(results: Sequence[Result]) -> list[Column]:
+    """Method and budget always; model, benchmark and seed where they differ."""
+
+    def cell(key: str) -> Callable[[Result], str]:
+        return lambda result: str(result["cell"][key])
+
+    differing = [key for key in ("model", "benchmark", "seed") if len({r["cell"][key] for r in results}) > 1]
+    return [("method", cell("method")), ("kept", cell("budget")), *((key, cell(key)) for key in differing)]
+
+
+def _task_column(task: str) -> Column:
+    def value(result: Result) -> str:
+        found = result.get("tasks", {}).get(task)
+        if not found:
+            return "-"
+        low, high = found["ci95"]
+        return f"{found['score']:.1f} [{low:.0f}-{high:.0f}]"
+
+    return task, value
+
+
+def _measured_columns(results: Sequence[Result], tasks: Sequence[str]) -> list[Column]:
+    full = {_setting(r): r for r in results if r["cell"]["method"] == "fullkv" and r["status"] == "completed"}
+
+    def against(*path: str) -> Callable[[Result], str]:
+        def value(result: Result) -> str:
+            number, base = _dig(result, path), _dig(full.get(_setting(result), {}), path)
+            if number is None:
+                return "-"
+            ratio = f" ({number / base:.2f}x)" if base and result["cell"]["method"] != "fullkv" else ""
+            return f"{number:.1f}{ratio}"
+
+        return value
+
+    score: list[Column] = [("all", lambda r: _format(_dig(r, ["score"]), ".1f"))] if len(tasks) > 1 else []
+    return [
+        *score,
+        ("resident", lambda r: _format(_dig(r, ["budget", "resident_fraction"]), ".3f")),
+        ("prefill ms", against("latency", "prefill_ms", "median")),
+        ("decode ms /token", against("latency", "decode_ms_per_token", "median")),
+        *(
+            [("status", lambda r: str(r["status"]))]
+            if any(r["status"] != "completed" for r in results)
+            else []
+        ),
+    ]
+
+
+def _setting(result: Result) -> tuple[Any, ...]:
+    """What two cells share that may be compared: all of the cell but method and budget."""
+    return tuple(result["cell"][key] for key in ("tag", "model", "benchmark", "seed"))
+
+
+def _dig(result: Result, path: Iterable[str]) -> float | None:
+    value: Any = result
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _format(number: float | None, spec: str) -> str:
+    return "-" if number is None else format(number, spec)
+
+
+def _legend(results: Sequence[Result]) -> list[str]:
+    sizes = sorted({task["n"] for result in results for task in result.get("tasks", {}).values()})
+    examples = f", n = {'-'.join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))} a task" if sizes else ""
+    against = "; (x) against fullkv" if any(r["cell"]["method"] == "fullkv" for r in results) else ""
+    return [
+        f"scores 0 to 100 [95% interval]{examples}; resident: KV bytes on the device over the full cache, "
+        f"measured after prefill; times are medians{against}"
+    ]
+
+
+def _notes(results: Sequence[Result]) -> list[str]:
+    """What a reader must know about single cells: what their methods note, and why there is a gap."""
+    notes = []
+    for result in results:
+        name = f"{result['cell']['method']} {result['cell']['budget']}"
+        notes += [f"{name}: {note}" for note in result.get("notes", [])]
+        if result.get("error"):
+            notes.append(f"{name}: {result['status']}: {result['error']['message']}")
+    return notes

@@ -1,0 +1,181 @@
+"""Telling W&B about a run, through its own client; a tracker that fails is dropped with a warning, never
+the result.
+
+The records are the truth and this is a copy of them: everything logged can be logged again from
+predictions.jsonl. The client can't resume a run offline, so a resumed offline run is logged again from the
+start into a fresh directory and the older one is removed when that one is complete.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from hcache.records import Cell, Line, Result
+from runners.config import TrackerConfig
+
+log = logging.getLogger(__name__)
+_TABLE = (
+    "task",
+    "id",
+    "prediction",
+    "answers",
+    "score",
+    "prompt_tokens",
+    "new_tokens",
+    "prefill_ms",
+    "decode_ms",
+)
+
+
+class Tracker(Protocol):
+    """What the evaluation tells as it goes."""
+
+    def start(self, config: Mapping[str, Any], finished: Sequence[Line]) -> None:
+        """The run begins, or goes on after the `finished` examples of an earlier part."""
+
+    def example(self, line: Line) -> None:
+        """One more example is done."""
+
+    def finish(self, result: Result | None, lines: Sequence[Line]) -> None:
+        """The run is over; no result if it was interrupted."""
+
+
+class NoTracker:
+    """Tells nobody."""
+
+    def start(self, config: Mapping[str, Any], finished: Sequence[Line]) -> None:
+        """Nothing."""
+
+    def example(self, line: Line) -> None:
+        """Nothing."""
+
+    def finish(self, result: Result | None, lines: Sequence[Line]) -> None:
+        """Nothing."""
+
+
+class WandbTracker:
+    """One W&B run a cell: its id is tag and config hash, its group is the tag."""
+
+    def __init__(self, settings: TrackerConfig, cell: Cell, directory: Path) -> None:
+        self._settings, self._cell, self._directory = settings, cell, directory
+        self._id = run_id(cell)
+        self._count = 0
+
+    @property
+    def mode(self) -> str:
+        """tracker.mode, else WANDB_MODE, else offline."""
+        mode = self._settings.mode
+        return mode.value if mode else os.environ.get("WANDB_MODE", "offline")
+
+    def start(self, config: Mapping[str, Any], finished: Sequence[Line]) -> None:
+        """Open the run and log what earlier parts finished, as far as the server hasn't got it."""
+        import wandb
+
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=self._settings.project,
+            entity=self._settings.entity,
+            id=self._id,
+            name=self._directory.name,
+            group=self._cell.tag,
+            config=dict(config),
+            dir=str(self._directory),
+            mode=self.mode,  # type: ignore[arg-type]  # the environment may say anything; the client checks
+            resume="allow" if self.mode == "online" else None,
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
+        )
+        for line in finished:
+            self.example(line)
+
+    def example(self, line: Line) -> None:
+        """Log one example's scores and times; a step the server has already is passed over."""
+        if self._count >= self._run.step:
+            self._run.log(example_metrics(line), step=self._count)
+        self._count += 1
+
+    def finish(self, result: Result | None, lines: Sequence[Line]) -> None:
+        """Log the table of predictions and the summary, close the run, remove what it replaces."""
+        import wandb
+
+        if lines:
+            rows = [[_cell_text(line[key]) for key in _TABLE] for line in lines]
+            self._run.log({"predictions": wandb.Table(columns=list(_TABLE), data=rows)})
+        if result is not None:
+            self._run.summary.update(summary_metrics(result))
+        current = Path(self._run.dir).parent
+        self._run.finish(exit_code=0 if result is not None and result["status"] != "failed" else 1)
+        self._remove_older(current)
+
+    def _remove_older(self, current: Path) -> None:
+        for old in (self._directory / "wandb").glob(f"offline-run-*-{self._id}"):
+            if old.resolve() != current.resolve():
+                shutil.rmtree(old)
+
+
+class SafeTracker:
+    """Another tracker, dropped with one warning at its first error."""
+
+    def __init__(self, inner: Tracker) -> None:
+        self._inner: Tracker = inner
+
+    def start(self, config: Mapping[str, Any], finished: Sequence[Line]) -> None:
+        """As the inner tracker."""
+        self._guard("start", config, finished)
+
+    def example(self, line: Line) -> None:
+        """As the inner tracker."""
+        self._guard("example", line)
+
+    def finish(self, result: Result | None, lines: Sequence[Line]) -> None:
+        """As the inner tracker."""
+        self._guard("finish", result, lines)
+
+    def _guard(self, call: str, *arguments: Any) -> None:
+        try:
+            getattr(self._inner, call)(*arguments)
+        except Exception as error:
+            log.warning("tracking stopped (%s failed: %s); the records are not affected", call, error)
+            self._inner = NoTracker()
+
+
+def make_tracker(settings: TrackerConfig, cell: Cell, directory: Path) -> Tracker:
+    """The tracker that the configuration names. Raises ValueError for an unknown one."""
+    if settings.name == "none":
+        return NoTracker()
+    if settings.name == "wandb":
+        return SafeTracker(WandbTracker(settings, cell, directory))
+    raise ValueError(f"tracker.name={settings.name} is unknown; use wandb or none")
+
+
+def run_id(cell: Cell) -> str:
+    """W&B id of a cell: tag and config hash. A tag is a safe file name, so W&B allows it."""
+    return f"{cell.tag}-{cell.config_hash[:16]}"
+
+
+def example_metrics(line: Line) -> dict[str, float]:
+    """What is plotted over the examples."""
+    memory, steps = line["memory"], line["decode_steps"]
+    metrics = {
+        f"score/{line['task']}": 100 * line["score"],
+        "score/all": 100 * line["score"],
+        "prompt_tokens": line["prompt_tokens"],
+        "new_tokens": line["new_tokens"],
+        "prefill_ms": line["prefill_ms"],
+        "device_kv_bytes": memory["device_payload"] + memory["device_metadata"],
+    }
+    return {**metrics, **({"decode_ms_per_token": line["decode_ms"] / steps} if steps else {})}
+
+
+def summary_metrics(result: Result) -> dict[str, Any]:
+    """The measured part of a result, as W&B's summary."""
+    kept = ("status", "score", "tasks", "budget", "memory", "latency", "counters", "notes", "provenance")
+    return {key: result[key] for key in kept if result.get(key) is not None}
+
+
+def _cell_text(value: Any) -> Any:
+    return " | ".join(map(str, value)) if isinstance(value, list) else value

@@ -1,0 +1,193 @@
+"""The part of an evaluation that has the model: batches in, lines of predictions.jsonl out.
+
+The model and the prompts of the latest cell are kept, so that consecutive cells of a sweep load nothing
+twice. Knows nothing of records on disk, resume or trackers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from hcache import records
+from hcache.budget import Budget
+from hcache.engine import Generation, Generator
+from hcache.models import LoadedModel, load
+from hcache.records import Line
+from runners.config import RunConfig, budget_of
+from runners.prompts import Prompt, check_adjusted, check_lengths, encode, left_pad, prepare
+
+log = logging.getLogger(__name__)
+_latest: dict[str, tuple[Any, Any]] = {}
+
+
+class Worker:
+    """Everything one cell needs to run batches.
+
+    Args:
+        run: the cell's configuration.
+
+    Raises:
+        InfeasibleBudget: the method can't run within the budget on these prompts.
+        ValueError: too many examples too short for the budget; whatever model and benchmark refuse.
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        if run.runtime.threads is not None:
+            torch.set_num_threads(run.runtime.threads)
+        self._run = run
+        self._loaded = _loaded(run)
+        self._budget = budget_of(run)
+        self.prompts = _prompts(run, self._loaded)
+        lengths = [prompt.tokens for prompt in self.prompts]
+        self._budgets = check_lengths(run.method, self._loaded.geometry, self._budget, lengths)
+        check_adjusted(self.prompts, self._budgets, self._budget)
+
+    @property
+    def device_name(self) -> str:
+        """The machine's device in words."""
+        device = self._loaded.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_name()} (CPU)"
+
+    def notes(self) -> list[str]:
+        """What the method says a reader must know, at the shortest and the longest prompt."""
+        lengths = sorted({prompt.tokens for prompt in self.prompts})
+        method, geometry = self._run.method, self._loaded.geometry
+        found = [
+            note for n in (lengths[0], lengths[-1]) for note in method.notes(geometry, self._budgets[n], n)
+        ]
+        adjusted = sum(self._budgets[prompt.tokens] != self._budget for prompt in self.prompts)
+        if adjusted:
+            found.append(f"{adjusted} examples too short for the budget ran under the nearest feasible one")
+        return list(dict.fromkeys(found))
+
+    def run(self, batch: Sequence[Prompt]) -> list[Line]:
+        """Generate and score a batch, in its order; sequences under another budget run by themselves."""
+        by_budget: dict[Budget, list[Prompt]] = {}
+        for prompt in batch:
+            by_budget.setdefault(self._budgets[prompt.tokens], []).append(prompt)
+        done = [line for budget, members in by_budget.items() for line in self._run_under(budget, members)]
+        place = {prompt.key: i for i, prompt in enumerate(batch)}
+        return sorted(done, key=lambda line: place[line["task"], line["id"]])
+
+    def _run_under(self, budget: Budget, batch: Sequence[Prompt]) -> list[Line]:
+        started, clock = records.now(), time.perf_counter()
+        generation = self._generate(budget, batch)
+        texts = [self._text(prompt, generation, b) for b, prompt in enumerate(batch)]
+        seconds = (time.perf_counter() - clock) / len(batch)
+        adjusted = budget.kept_tokens if budget != self._budget else None
+        return [
+            {
+                **self._scored(prompt, text),
+                **measured(generation, b),
+                "batch": prompt.batch,
+                "adjusted_budget_tokens": adjusted,
+                "started": started,
+                "seconds": seconds,
+            }
+            for b, (prompt, text) in enumerate(zip(batch, texts, strict=True))
+        ]
+
+    def _generate(self, budget: Budget, batch: Sequence[Prompt]) -> Generation:
+        tokenizer, spec = self._loaded.tokenizer, self._run.model
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+        ids, mask = left_pad([prompt.ids for prompt in batch], pad)
+        follow_ups = [prompt.follow_up for prompt in batch if prompt.follow_up is not None]
+        first = batch[0].example
+        return Generator(self._loaded.model, self._run.method, budget, backend=spec.attention).generate(
+            ids,
+            mask,
+            max_new_tokens=first.max_new_tokens,
+            stop=[encode(tokenizer, text, start=False).tolist() for text in first.stop],
+            seed=self._run.runtime.seed,
+            follow_up=left_pad(follow_ups, pad) if follow_ups else None,
+        )
+
+    def _text(self, prompt: Prompt, generation: Generation, b: int) -> str:
+        """The answer in what came out; the benchmark cuts it at stop texts that token ids didn't show."""
+        tokens = generation.tokens[b, : generation.lengths[b]]
+        text = self._loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+        answer: str = self._run.benchmark.postprocess(text, prompt.example)
+        return answer
+
+    def _scored(self, prompt: Prompt, text: str) -> Line:
+        example = prompt.example
+        score = self._run.benchmark.score(example, text, example.answers)
+        own = {"task": example.task, "id": example.id, "metric": example.metric, "prediction": text}
+        return {**own, "answers": list(example.answers), "score": float(score), **rescoring(example)}
+
+
+def rescoring(example: Any) -> dict[str, Any]:
+    """What a benchmark put beside an example for rescoring, as JSON data under its own names."""
+    extra = records.plain(dict(example.extra))
+    json.dumps(extra, allow_nan=False)
+    taken = sorted(set(extra) & {"task", "id", "metric", "prediction", "answers", "score", "batch", "memory"})
+    if taken:
+        raise ValueError(
+            f"example {example.id} of {example.task}: extra names {', '.join(taken)} are the record's own"
+        )
+    return extra
+
+
+def measured(generation: Generation, b: int) -> dict[str, Any]:
+    """One sequence's share of its batch's measurements: bytes and counters evenly, fractions as they are."""
+    size = len(generation.lengths)
+    memory = dataclasses.asdict(generation.memory)
+    peak = memory.pop("peak_device_bytes")
+    # The n-th token comes from step n-1; the step after the last one produced the stop.
+    steps = generation.timings.decode_ms[: max(1, generation.lengths[b])]
+    counters = {
+        name: value if name.endswith("_fraction") else value / size
+        for name, value in generation.counters.items()
+    }
+    return {
+        "prompt_tokens": generation.prompt_tokens[b],
+        "new_tokens": generation.lengths[b],
+        "prefill_ms": generation.timings.prefill_ms,
+        "decode_ms": sum(steps),
+        "decode_steps": len(steps),
+        "memory": {**{name: value / size for name, value in memory.items()}, "peak_device_bytes": peak},
+        "counters": counters,
+    }
+
+
+def _loaded(run: RunConfig) -> LoadedModel:
+    """The model of the latest cell if it is the same; otherwise that one is freed first."""
+    key = (run.model, run.runtime.device)
+    if "model" not in _latest or _latest["model"][0] != key:
+        _latest.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        log.info("loading %s", run.model.name)
+        disable_progress_bar()  # transformers' own, of the weights: it would tear the cell's
+        _latest["model"] = (key, load(run.model, run.runtime.device))
+    found: LoadedModel = _latest["model"][1]
+    return found
+
+
+def _prompts(run: RunConfig, loaded: LoadedModel) -> list[Prompt]:
+    """The prompts of the latest cell if benchmark and batch size are the same; they fit the loaded model."""
+    key = (run.benchmark, run.runtime.batch_size)
+    if "prompts" not in _latest or _latest["prompts"][0] != key:
+        _latest["prompts"] = (key, prepare(run.benchmark, loaded.tokenizer, run.runtime.batch_size))
+    found: list[Prompt] = _latest["prompts"][1]
+    return found
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )

@@ -1,0 +1,184 @@
+"""W&B tracking through the real client, offline: what is logged, and that resuming leaves one whole run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from wandb.proto import wandb_internal_pb2
+
+from hcache.records import Cell
+from runners.config import TrackerConfig, TrackerMode
+from runners.tracking import NoTracker, SafeTracker, WandbTracker, make_tracker, run_id
+
+CELL = Cell("my_tag", "tiny", "retrieval", "snapkv", "f0.25", 0, "0123456789abcdef" * 4)
+CONFIG = {"method": {"name": "snapkv", "window": 32}, "budget": {"kept_fraction": 0.25}}
+BLOCK, HEADER, FILE_HEADER = 32768, 7, 7
+
+
+def line(number: int) -> dict[str, Any]:
+    memory = {"device_payload": 100, "device_metadata": 5}
+    times = {"prefill_ms": 10.0, "decode_ms": 8.0, "decode_steps": 4, "prompt_tokens": 9, "new_tokens": 4}
+    text = {"prediction": f"p{number}", "answers": ["a", "b"], "score": number / 4}
+    return {"task": "single", "id": str(number), "memory": memory, **times, **text}
+
+
+RESULT = {
+    "status": "completed",
+    "score": 37.5,
+    "tasks": {"single": {"score": 37.5, "n": 4}},
+    "latency": {"prefill_ms": {"median": 10.0}},
+}
+
+
+def fragments(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """(type, data) of a file in LevelDB's log format, whose file header counts as part of the first block."""
+    at = FILE_HEADER
+    while at + HEADER <= len(content):
+        room = BLOCK - at % BLOCK
+        if room < HEADER:
+            at += room
+            continue
+        size, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        yield kind, content[at + HEADER : at + HEADER + size]
+        at += HEADER + size
+
+
+def logged(directory: Path) -> list[Any]:
+    """The protobuf records of the one offline run under `directory`."""
+    (file,) = directory.glob("wandb/offline-run-*/run-*.wandb")
+    found, parts = [], b""
+    for kind, data in fragments(file.read_bytes()):
+        parts = data if kind in (1, 2) else parts + data
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            found.append(record)
+    return found
+
+
+def history(records: list[Any]) -> list[dict[str, Any]]:
+    """The logged rows."""
+    rows = [record.history for record in records if record.HasField("history")]
+    return [{_key(item): json.loads(item.value_json) for item in row.item} for row in rows]
+
+
+def _key(item: Any) -> str:
+    return item.key or "/".join(item.nested_key)
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR", "WANDB_RUN_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / "wandb-home"))
+
+
+def tracked(directory: Path, before: int, after: int, result: dict[str, Any] | None) -> None:
+    """One part of a run: `before` examples were finished earlier, `after` will be in the end."""
+    tracker = WandbTracker(TrackerConfig(name="wandb"), CELL, directory)
+    tracker.start(CONFIG, [line(i) for i in range(before)])
+    for number in range(before, after):
+        tracker.example(line(number))
+    tracker.finish(result, [line(i) for i in range(after)])
+
+
+def test_resumed_offline_leaves_one_whole_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tracked(tmp_path, 0, 2, None)
+    (first,) = tmp_path.glob("wandb/offline-run-*")
+    first = first.rename(first.with_name(f"offline-run-20200101_000000-{run_id(CELL)}"))
+    other = tmp_path / "wandb" / "offline-run-20200101_000000-another"
+    other.mkdir()
+    tracked(tmp_path, 2, 4, RESULT)
+    assert not first.exists()
+    assert other.exists(), "only this cell's run is replaced"
+    other.rmdir()
+    found = logged(tmp_path)
+    rows = history(found)
+    scores = [row["score/single"] for row in rows if "score/single" in row]
+    assert scores == [0, 25, 50, 75]
+    assert [row["_step"] for row in rows if "score/single" in row] == [0, 1, 2, 3]
+    assert any(key.split("/")[0] == "predictions" for row in rows for key in row)
+    run = next(record.run for record in found if record.HasField("run"))
+    assert (run.run_id, run.run_group, run.project) == (f"my_tag-{'0123456789abcdef'}", "my_tag", "hcache")
+    config = {_key(item): json.loads(item.value_json) for item in run.config.update}
+    assert config["method"] == CONFIG["method"]
+    summary = {
+        _key(item): json.loads(item.value_json)
+        for record in found
+        if record.HasField("summary")
+        for item in record.summary.update
+    }
+    assert summary["score"] == 37.5
+    table = next(tmp_path.glob("wandb/offline-run-*/files/media/table/*.json"))
+    assert len(json.loads(table.read_text())["data"]) == 4
+    assert capfd.readouterr() == ("", ""), "the client stays quiet"
+
+
+def test_everything_lies_beside_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    tracked(tmp_path / "cell", 0, 1, RESULT)
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "variable", "mode"),
+    [
+        (None, None, "offline"),
+        (None, "online", "online"),
+        (None, "disabled", "disabled"),
+        (TrackerMode.offline, "online", "offline"),
+        (TrackerMode.online, None, "online"),
+    ],
+)
+def test_mode(
+    setting: TrackerMode | None, variable: str | None, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variable:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    assert WandbTracker(TrackerConfig(name="wandb", mode=setting), CELL, Path("x")).mode == mode
+
+
+def test_steps_the_server_has_are_passed_over() -> None:
+    """Online the client does resume: its step says how many examples arrived."""
+
+    class Run:
+        step = 2
+
+        def __init__(self) -> None:
+            self.logged: list[int] = []
+
+        def log(self, metrics: dict[str, Any], step: int) -> None:
+            self.logged.append(step)
+            self.step = step + 1
+
+    tracker = WandbTracker(TrackerConfig(name="wandb"), CELL, Path("x"))
+    tracker._run = Run()
+    for number in range(4):
+        tracker.example(line(number))
+    assert tracker._run.logged == [2, 3]
+
+
+def test_first_error_ends_tracking_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(NoTracker):
+        def example(self, line: Any) -> None:
+            raise OSError("disk full")
+
+    tracker = SafeTracker(Broken())
+    for number in range(3):
+        tracker.example(line(number))
+    tracker.finish(None, [])
+    assert caplog.text.count("disk full") == 1
+
+
+def test_tracker_names() -> None:
+    assert isinstance(make_tracker(TrackerConfig(name="none"), CELL, Path("x")), NoTracker)
+    assert isinstance(make_tracker(TrackerConfig(name="wandb"), CELL, Path("x")), SafeTracker)
+    with pytest.raises(ValueError, match=r"tracker\.name=foo"):
+        make_tracker(TrackerConfig(name="foo"), CELL, Path("x"))
