@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from hcache.models import LoadedModel, load
 from hcache.profiling import HeadProfile, Role, Roles, profile_heads
 from hcache.profiling.library import default_path
-from hcache.profiling.profile import check_suffix
+from hcache.profiling.profile import SIMILARITY_THRESHOLD, STABLE_THRESHOLD, check_suffix
 from hcache.scoring import Group
 from runners import CellOutcome
 from runners.config import ConfigError, RunConfig, one_line
@@ -49,6 +49,8 @@ class ProfileRunner:
         topk: positions in a head's set.
         kernel: width of the smoothing of attention, odd.
         group: how query heads of one KV head are joined.
+        stable_threshold, similarity_threshold: stored as the profile's own, which methods take where they set
+            none.
         out: where the profile goes (.safetensors or .json); None takes the user's profile directory.
     """
 
@@ -59,12 +61,17 @@ class ProfileRunner:
     topk: int = 1024
     kernel: int = 5
     group: Group = Group.mean
+    stable_threshold: float = STABLE_THRESHOLD
+    similarity_threshold: float = SIMILARITY_THRESHOLD
     out: str | None = None
 
     def __post_init__(self) -> None:
         for key in ("prompt_tokens", "decode_steps", "topk"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"profile.{key}={getattr(self, key)} must be at least 1")
+        for key in ("stable_threshold", "similarity_threshold"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ConfigError(f"profile.{key}={getattr(self, key)} must be between 0 and 1 (an overlap)")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ConfigError(f"profile.kernel={self.kernel} must be odd and at least 1")
         if self.text is not None and self.texts:
@@ -111,7 +118,8 @@ def _profile(run: RunConfig) -> str:
         kernel=settings.kernel,
         group=settings.group,
     )
-    _finish(profile, loaded, list(texts)).save(out)
+    profile = _finish(profile, loaded, settings, list(texts))
+    profile.save(out)
     return _report(profile.roles(), loaded, out)
 
 
@@ -154,11 +162,19 @@ def _sizes(prompts: list[Tensor]) -> str:
     return ", ".join(str(len(prompt)) for prompt in prompts)
 
 
-def _finish(profile: HeadProfile, loaded: LoadedModel, texts: list[str]) -> HeadProfile:
-    """With the names of model and texts, and the fingerprint even where weights are offloaded."""
-    facts: Mapping[str, Any] = {"model": loaded.name, "files": [Path(name).name for name in texts]}
-    settings = {**facts, **profile.settings}
-    return dataclasses.replace(profile, fingerprint=loaded.fingerprint, settings=settings)
+def _finish(
+    profile: HeadProfile, loaded: LoadedModel, settings: ProfileRunner, texts: list[str]
+) -> HeadProfile:
+    """With its own thresholds, the names of model and texts, and the fingerprint where weights are offloaded."""
+    facts: Mapping[str, Any] = {
+        "model": loaded.name,
+        "files": [Path(name).name for name in texts],
+        "stable_threshold": settings.stable_threshold,
+        "similarity_threshold": settings.similarity_threshold,
+    }
+    return dataclasses.replace(
+        profile, fingerprint=loaded.fingerprint, settings={**facts, **profile.settings}
+    )
 
 
 def _report(roles: Roles, loaded: LoadedModel, out: Path) -> str:

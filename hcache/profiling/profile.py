@@ -83,15 +83,23 @@ class HeadProfile:
         """Roles by these thresholds.
 
         Args:
-            stable_threshold: a lone head of at least this stability is an anchor, else volatile; None is 0.5.
-            similarity_threshold: heads of at least this similarity may share a cluster; None is 0.5.
+            stable_threshold: a lone head of at least this stability is an anchor, else volatile;
+                None is the profile's own (settings), or 0.5.
+            similarity_threshold: heads of at least this similarity may share a cluster; None likewise.
             graph: the steps that similarity is taken from: median, prefill (as published) or last_step.
 
         Raises:
             ValueError: a threshold outside [0, 1], or an unknown graph.
         """
-        stable = _threshold("stable_threshold", stable_threshold, STABLE_THRESHOLD)
-        similar = _threshold("similarity_threshold", similarity_threshold, SIMILARITY_THRESHOLD)
+        own = self.settings
+        stable = _threshold(
+            "stable_threshold", stable_threshold, own.get("stable_threshold", STABLE_THRESHOLD)
+        )
+        similar = _threshold(
+            "similarity_threshold",
+            similarity_threshold,
+            own.get("similarity_threshold", SIMILARITY_THRESHOLD),
+        )
         assert self.stability is not None
         pairs = self.similarity[as_graph(graph)].tolist()
         return assign_roles(self.stability.tolist(), pairs, stable, similar)

@@ -302,7 +302,7 @@ def markdown_table(scores: dict[str, dict[str, Score]]) -> str:
 def ship(out: Path, trainer: Trainer, clock: Clock, lengths: tuple[int, ...]) -> None:
     """Write the bfloat16 weights and their configs, then scores.json, and print the table."""
     model = trainer.rounded()
-    model.config.use_cache = True
+    model.config.use_cache = model.generation_config.use_cache = True
     model.save_pretrained(out)
     write_tokenizer(out)
     scores = score_table(model, trainer.args.table_items, lengths)
