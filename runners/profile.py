@@ -165,7 +165,7 @@ def _sizes(prompts: list[Tensor]) -> str:
 def _finish(
     profile: HeadProfile, loaded: LoadedModel, settings: ProfileRunner, texts: list[str]
 ) -> HeadProfile:
-    """With its own thresholds, the names of model and texts, and the fingerprint where weights are offloaded."""
+    """With its thresholds, the names of model and texts, and the fingerprint of offloaded weights too."""
     facts: Mapping[str, Any] = {
         "model": loaded.name,
         "files": [Path(name).name for name in texts],
