@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from hcache.benchmarks import BENCHMARKS
 from hcache.methods import METHODS
-from hcache.methods.heterocache import HeteroCache
+from hcache.methods.heterocache import HeteroCache, RoleSettings
 from hcache.methods.snapkv import SnapKV
 from hcache.models import ModelSpec
 from hcache.scoring import Pooling
@@ -64,7 +64,7 @@ def names(group: str) -> list[str]:
 def test_composed_default_is_frozen() -> None:
     """The configuration is an interface: change this test with care."""
     (run,) = compose()
-    assert run.method == HeteroCache()
+    assert run.method == HeteroCache(roles=RoleSettings(fit_budget=True))  # conf/sizes/tiny_heterocache
     assert run.benchmark == BENCHMARKS.get("retrieval")()
     assert run.model == ModelSpec(name="tiny", path="tiny", dtype="float32")  # type: ignore[arg-type]
     assert run.budget == BudgetConfig(None, None)
@@ -87,8 +87,13 @@ def test_composed_default_is_frozen() -> None:
 
 @pytest.mark.parametrize("method", names("method"))
 def test_method_file_says_the_defaults_of_its_class(method: str) -> None:
-    (run,) = compose(f"method={method}")
+    (run,) = compose(f"method={method}", "model=hf", "model.path=/any")
     assert run.method == METHODS.get(method)()
+
+
+def test_values_for_a_size_are_read_by_themselves_and_give_way_to_the_command_line() -> None:
+    assert compose("model=tiny", "method=heterocache")[0].method.roles.fit_budget
+    assert not compose("method=heterocache", "method.roles.fit_budget=false")[0].method.roles.fit_budget
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "method").glob("*.yaml")), ids=lambda path: path.stem)
@@ -141,12 +146,12 @@ def test_first_run_is_what_make_run_shows() -> None:
     assert {budget_of(run).kept_fraction for run in runs} == {0.25}
     assert all(run.tag == "first_run" and min(run.benchmark.lengths) >= 2048 for run in runs)
     assert all(run.benchmark.limit >= 10 for run in runs)
-    assert runs[-1].method.roles.fit_budget, "set for heterocache only, by a file of its own"
+    assert runs[-1].method.roles.fit_budget
 
 
 def test_retrieval_300_has_enough_examples() -> None:
     runs = compose("experiment=retrieval_300", multirun=True)
-    assert len(runs) == 8
+    assert len(runs) == 4
     assert {run.benchmark.examples_per_task for run in runs} == {300}
     assert {run.benchmark.limit for run in runs} == {None}
 

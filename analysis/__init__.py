@@ -1,0 +1,1 @@
+"""Reads what runs left in outputs/; never runs a model and knows only files."""

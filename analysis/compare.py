@@ -1,0 +1,110 @@
+"""Which method leads? Paired differences on the same examples, each against one method.
+
+`python -m analysis.compare outputs/<tag> --against heterocache` prints, for every other cell of the same
+model, benchmark and seed, the difference of the mean scores with its bootstrap interval and a sign-flip
+p-value (hcache.metrics). Cells that are not complete are named and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hcache.metrics import Comparison, paired_bootstrap
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A completed cell: who it is, and score (0 to 1) by task and example id."""
+
+    cell: dict[str, Any]
+    scores: dict[str, dict[str, float]]
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What two cells share that may be compared."""
+        return tuple(self.cell[key] for key in ("model", "benchmark", "seed"))
+
+    @property
+    def label(self) -> str:
+        """Method and budget."""
+        return f"{self.cell['method']} {self.cell['budget']}"
+
+
+def finished(directory: Path) -> Iterator[Finished]:
+    """The completed cells below a directory, in the order of their paths."""
+    for path in sorted(directory.rglob("result.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result.get("status") != "completed":
+            print(f"left out: {path.parent} is {result.get('status')}", file=sys.stderr)
+            continue
+        scores: dict[str, dict[str, float]] = {}
+        for line in (path.parent / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            scores.setdefault(record["task"], {})[record["id"]] = record["score"]
+        yield Finished(result["cell"], scores)
+
+
+def differences(ours: Finished, other: Finished, seed: int = 0) -> dict[str, tuple[int, Comparison]]:
+    """For each task of both: how many examples, and ours minus the other's on them, in points of 100.
+
+    Raises:
+        ValueError: the two ran on different examples.
+    """
+    found = {}
+    for task in ours.scores.keys() & other.scores.keys():
+        mine, theirs = ours.scores[task], other.scores[task]
+        if mine.keys() != theirs.keys():
+            raise ValueError(
+                f"{ours.label} and {other.label} ran on different examples of {task}; "
+                "run both to the same limit"
+            )
+        pairs = [(100 * mine[name], 100 * theirs[name]) for name in sorted(mine)]
+        a, b = zip(*pairs, strict=True)
+        found[task] = (len(pairs), paired_bootstrap(a, b, seed))
+    return dict(sorted(found.items()))
+
+
+def table(cells: Sequence[Finished], method: str) -> Table:
+    """One row for each other cell and task. Raises ValueError if no cell has the method."""
+    ours = [cell for cell in cells if cell.cell["method"] == method]
+    if not ours:
+        known = ", ".join(sorted({cell.cell["method"] for cell in cells})) or "none"
+        raise ValueError(f"--against {method}: no completed cell has this method (there are: {known})")
+    shown = Table(title=f"{method} minus another method, paired, in points", title_justify="left")
+    for header in ("method", "against", "task", "n", "difference [95%]", "p"):
+        shown.add_column(header, no_wrap=True)
+    for mine in ours:
+        for other in cells:
+            if other.setting == mine.setting and other.cell["method"] != method:
+                for task, (n, result) in differences(mine, other).items():
+                    low, high = result.ci
+                    gap = f"{result.difference:+.1f} [{low:+.1f}, {high:+.1f}]"
+                    shown.add_row(mine.label, other.label, task, str(n), gap, f"{result.p_value:.2g}")
+    return shown
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.compare", description=__doc__)
+    parser.add_argument("directory", type=Path, help="outputs/<tag>, or any directory above finished cells")
+    parser.add_argument("--against", required=True, metavar="METHOD", help="the method others are taken from")
+    asked = parser.parse_args(arguments)
+    try:
+        Console(width=140).print(table(list(finished(asked.directory)), asked.against))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
