@@ -1,8 +1,9 @@
 """Which method leads? Paired differences on the same examples, each against one method.
 
-`python -m analysis.compare outputs/<tag> --against heterocache` prints, for every other cell of the same
-model, benchmark and seed, the difference of the mean scores with its bootstrap interval and a sign-flip
-p-value (hcache.metrics). Cells that are not complete are named and left out.
+`python -m analysis.compare outputs/<tag> --against heterocache` prints, for every other cell with the same
+model, benchmark and settings, at the same budget or without one, the difference of the mean scores with its
+bootstrap interval and a sign-flip p-value (hcache.metrics). Cells that are not complete are named and left
+out.
 """
 
 from __future__ import annotations
@@ -19,19 +20,17 @@ from rich.console import Console
 from rich.table import Table
 
 from hcache.metrics import Comparison, paired_bootstrap
+from hcache.records import setting
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A completed cell: who it is, and score (0 to 1) by task and example id."""
+    """A completed cell: who it is, what it shares with others that may be compared (records.setting), and
+    score (0 to 1) by task and example id."""
 
     cell: dict[str, Any]
+    setting: str
     scores: dict[str, dict[str, float]]
-
-    @property
-    def setting(self) -> tuple[Any, ...]:
-        """What two cells share that may be compared."""
-        return tuple(self.cell[key] for key in ("model", "benchmark", "seed"))
 
     @property
     def label(self) -> str:
@@ -50,7 +49,7 @@ def finished(directory: Path) -> Iterator[Finished]:
         for line in (path.parent / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             scores.setdefault(record["task"], {})[record["id"]] = record["score"]
-        yield Finished(result["cell"], scores)
+        yield Finished(result["cell"], setting(result["config"]), scores)
 
 
 def differences(ours: Finished, other: Finished, seed: int = 0) -> dict[str, tuple[int, Comparison]]:
@@ -84,7 +83,8 @@ def table(cells: Sequence[Finished], method: str) -> Table:
         shown.add_column(header, no_wrap=True)
     for mine in ours:
         for other in cells:
-            if other.setting == mine.setting and other.cell["method"] != method:
+            equal = other.cell["budget"] in (mine.cell["budget"], "full")
+            if equal and other.setting == mine.setting and other.cell["method"] != method:
                 for task, (n, result) in differences(mine, other).items():
                     low, high = result.ci
                     gap = f"{result.difference:+.1f} [{low:+.1f}, {high:+.1f}]"

@@ -21,7 +21,9 @@ class InfeasibleBudget(ValueError):
 
     def __init__(self, message: str, smallest_tokens: int, prompt_tokens: int) -> None:
         self.smallest_tokens = smallest_tokens
-        self.smallest_fraction = min(1.0, smallest_tokens / max(prompt_tokens, 1))
+        # Rounded up: the fraction that is named must be feasible itself.
+        rounded_up = math.ceil(smallest_tokens * 10_000 / max(prompt_tokens, 1)) / 10_000
+        self.smallest_fraction = min(1.0, rounded_up)
         super().__init__(
             f"{message}; the smallest feasible budget for {prompt_tokens} prompt tokens is "
             f"kept_fraction={self.smallest_fraction:.4f} (kept_tokens={smallest_tokens})"

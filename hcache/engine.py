@@ -182,11 +182,18 @@ class _Run:
         """Feed token by token until all sequences have ended or the limit is reached."""
         while None in self._lengths and len(self._rows[0]) < self._limit:
             start = self._now()
-            logits = self._forward(self._token.unsqueeze(1), None, self._next.unsqueeze(1))
+            logits = self._forward(self._token.unsqueeze(1), self._going_on(), self._next.unsqueeze(1))
             self._token = logits.argmax(-1)
             self._decode_ms.append(self._now() - start)
             self._next = self._next + 1
             self._record()
+
+    def _going_on(self) -> Tensor | None:
+        """Mask [B, 1] that leaves out sequences that have ended; None while there are none."""
+        if not any(length is not None for length in self._lengths):
+            return None
+        alive = [[int(length is None)] for length in self._lengths]
+        return torch.tensor(alive, device=self._device)
 
     def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         """Logits [B, V] after the last of these tokens."""

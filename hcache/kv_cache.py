@@ -93,7 +93,7 @@ class KVCache(Cache):
         self.prompt_tokens: list[int] = []
         self._lengths = [_Length() for _ in range(self.geometry.layers)]
         super().__init__(layers=list(self._lengths))
-        self._switch = _Switch(self, model)
+        self._switch = _Switch(self, model, self._modules)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -204,7 +204,8 @@ class _Switch:
     without keyword arguments.
     """
 
-    def __init__(self, cache: KVCache, model: PreTrainedModel) -> None:
+    def __init__(self, cache: KVCache, model: PreTrainedModel, modules: list[nn.Module]) -> None:
+        self._modules = modules
         self.active = False
         self.broken = False
         self._cache = weakref.ref(cache)
@@ -246,6 +247,13 @@ class _Switch:
         self.active = False
         # torch calls this hook with no output when the forward raised.
         self.broken = output is None
+        left = attention.unbind(self._modules)
+        if left and not self.broken:
+            self.broken = True
+            raise ValueError(
+                f"{type(module).__name__}: {left} attention modules stored tokens but did not attend through "
+                "the attention interface of transformers; this model can't be compressed"
+            )
 
 
 def attention_modules(model: PreTrainedModel, layers: int) -> list[nn.Module]:

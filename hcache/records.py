@@ -89,6 +89,11 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def setting(config: Mapping[str, Any]) -> str:
+    """What cells must share to be compared: their identity but for method and budget, as a digest."""
+    return config_hash({**config, "method": {}, "budget": None})
+
+
 def text_digest(text: str) -> str:
     """16 hex digits of a text's SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

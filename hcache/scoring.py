@@ -45,8 +45,8 @@ def window_attention(q_HqnD: Tensor, k_HnD: Tensor, window: int) -> Tensor:
     window = rows_HGwD.shape[2]
     future = torch.ones(window, window, dtype=torch.bool, device=k_HnD.device).triu(1)
     votes = []
-    for rows, keys in zip(rows_HGwD, k_HnD.float(), strict=True):
-        scores_Gwn = rows @ keys.T * dim**-0.5
+    for rows, keys in zip(rows_HGwD, k_HnD, strict=True):
+        scores_Gwn = rows @ keys.float().T * dim**-0.5
         scores_Gwn[..., tokens - window :].masked_fill_(future, -torch.inf)
         votes.append(scores_Gwn.softmax(-1).sum(1))
     return torch.stack(votes)

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from hcache import records
 from hcache.budget import InfeasibleBudget
+from hcache.geometry import Geometry
 from hcache.models import check_path
 from hcache.registry import unknown_name
 from runners import RUNNERS
@@ -74,10 +75,23 @@ def known_infeasible(run: RunConfig) -> None:
         InfeasibleBudget: no example of the benchmark could run.
         ValueError: the method refuses the model (a foreign profile, or none).
     """
-    lengths = run.benchmark.prompt_lengths()
-    if not run.method.uses_budget or not lengths:
-        return
     shape = geometry_of(run.model)
-    if shape.fingerprint is None and hasattr(run.method, "profile"):
-        return  # Which profile fits can't be told before the weights are here.
-    check_lengths(run.method, shape, budget_of(run), lengths)
+    if hasattr(run.method, "profile"):
+        if shape.fingerprint is None:
+            return  # Which profile fits can't be told before the weights are here.
+        _check_profile(run, shape)
+    lengths = run.benchmark.prompt_lengths()
+    if run.method.uses_budget and lengths:
+        check_lengths(run.method, shape, budget_of(run), lengths)
+
+
+def _check_profile(run: RunConfig, shape: Geometry) -> None:
+    """Raise ConfigError, with the command that makes one, where there is no profile; ForeignProfile."""
+    from hcache.profiling import ProfileNotFound
+
+    try:
+        run.method.head_profile(shape)
+    except ProfileNotFound as error:
+        known = run.model.path == run.model.name
+        asked = f"model={run.model.name}" if known else f"model=hf model.path={run.model.path}"
+        raise ConfigError(str(error).replace("model=...", asked)) from error

@@ -9,6 +9,7 @@ earlier, in overrides.py; what the settings mean together, in checks.py.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -210,11 +211,15 @@ def plain_config(run: RunConfig) -> dict[str, Any]:
 
     `content` says what the files are that the configuration points at, since a path itself decides nothing.
     """
+    from hcache.attention.backends import resolve  # imports torch
+
     config = records.plain(run)
-    config["method"] = {"name": run.method.name, **config["method"], "content": _profile_content(run)}
+    content = {"content": _profile_content(run), "source": _plugin_source(run.method)}
+    config["method"] = {"name": run.method.name, **config["method"], **content}
     config["benchmark"] = {"name": run.benchmark.name, **config["benchmark"]}
     config["budget"] = records.plain(budget_of(run)) if run.method.uses_budget else None
     config["model"] = _model_identity(run.model, config["model"])
+    config["model"]["attention"] = resolve(run.model.attention)[0]
     return config
 
 
@@ -247,7 +252,17 @@ def _profile_content(run: RunConfig) -> str | None:
         profile.stability,
         *(profile.similarity[graph] for graph in sorted(profile.similarity, key=str)),
     ]
-    return records.text_digest(json.dumps([score.tolist() for score in scores]))
+    own = {key: value for key, value in profile.settings.items() if key.endswith("_threshold")}
+    return records.text_digest(json.dumps([[score.tolist() for score in scores], own], sort_keys=True))
+
+
+def _plugin_source(method: Any) -> str | None:
+    """A digest of the file a method from outside the library is in; None for the library's own."""
+    import hcache  # light by itself
+
+    file = Path(inspect.getfile(type(method))).resolve()
+    inside = file.is_relative_to(Path(str(hcache.__file__)).resolve().parent)
+    return None if inside else records.content_digest([file])
 
 
 @lru_cache(maxsize=64)

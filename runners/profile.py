@@ -84,6 +84,9 @@ def run(run: RunConfig) -> CellOutcome:
         return CellOutcome("completed", message=_profile(run))
     except (ValueError, OSError) as error:
         return CellOutcome("failed", message=f"runner=profile: {error}")
+    except Exception as error:  # an outcome, never an exception, goes to the launcher
+        log.exception("runner=profile failed")
+        return CellOutcome("failed", message=f"runner=profile: {type(error).__name__}: {error}")
 
 
 def settings_of(section: Any) -> ProfileRunner:

@@ -73,13 +73,13 @@ def _counters(lines: Sequence[Line]) -> dict[str, float]:
 def _latency(lines: Sequence[Line]) -> dict[str, Any]:
     """Of each example; `tokens_per_s` is decoding's throughput, all sequences of a batch together."""
     stepped = [line for line in lines if line["decode_steps"]]
-    new_tokens = sum(line["new_tokens"] for line in lines)
+    fed = sum(line["decode_steps"] for line in lines)
     moved = math.fsum(line["counters"].get("host_to_device_bytes", 0.0) for line in lines)
     return {
         "prefill_ms": spread([line["prefill_ms"] for line in lines]),
         "decode_ms_per_token": spread([line["decode_ms"] / line["decode_steps"] for line in stepped]),
         "tokens_per_s": _throughput(stepped),
-        "host_to_device_bytes_per_token": moved / max(new_tokens, 1),
+        "host_to_device_bytes_per_token": moved / max(fed, 1),
     }
 
 

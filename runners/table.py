@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from rich import box, get_console
 from rich.console import Console
 from rich.table import Table
 
-from hcache.records import Result
+from hcache.records import Result, setting
 
 _WIDTH_WITHOUT_TERMINAL = 200
 Column = tuple[str, Callable[[Result], str]]
@@ -54,7 +54,40 @@ def _name_columns(results: Sequence[Result]) -> list[Column]:
         return lambda result: str(result["cell"][key])
 
     differing = [key for key in ("model", "benchmark", "seed") if len({r["cell"][key] for r in results}) > 1]
-    return [("method", cell("method")), ("kept", cell("budget")), *((key, cell(key)) for key in differing)]
+    columns: list[Column] = [("method", cell("method")), ("kept", cell("budget"))]
+    columns += [(key, cell(key)) for key in differing]
+    return columns + [_option_column(path) for path in _swept(results)]
+
+
+def _swept(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """Options by which cells differ that have the same method, or any two cells outside the method."""
+    found: dict[tuple[str, ...], None] = {}
+    for section in ("method", "benchmark", "model", "runtime"):
+        by_name: dict[str, list[dict[tuple[str, ...], str]]] = {}
+        for result in results:
+            part = result["config"].get(section) or {}
+            by_name.setdefault(str(part.get("name")), []).append(dict(_leaves(part, (section,))))
+        for group in by_name.values():
+            paths = dict.fromkeys(path for leaves in group for path in leaves)
+            found.update({p: None for p in paths if len({leaves.get(p) for leaves in group}) > 1})
+    hidden = {"name", "content", "source", "limit", "path"}
+    return [path for path in found if path[-1] not in hidden]
+
+
+def _leaves(part: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every option below a section with its path, as text."""
+    if isinstance(part, dict):
+        for key, value in part.items():
+            yield from _leaves(value, (*path, key))
+    else:
+        yield path, str(part)
+
+
+def _option_column(path: tuple[str, ...]) -> Column:
+    def value(result: Result) -> str:
+        return dict(_leaves(result["config"].get(path[0]) or {}, path[:1])).get(path, "-")
+
+    return ".".join(path), value
 
 
 def _task_column(task: str) -> Column:
@@ -95,9 +128,8 @@ def _measured_columns(results: Sequence[Result], tasks: Sequence[str]) -> list[C
     ]
 
 
-def _setting(result: Result) -> tuple[Any, ...]:
-    """What two cells share that may be compared: all of the cell but method and budget."""
-    return tuple(result["cell"][key] for key in ("tag", "model", "benchmark", "seed"))
+def _setting(result: Result) -> str:
+    return setting(result["config"])
 
 
 def _dig(result: Result, path: Iterable[str]) -> float | None:

@@ -87,6 +87,7 @@ class WandbTracker:
             dir=str(self._directory),
             mode=self.mode,  # type: ignore[arg-type]  # the environment may say anything; the client checks
             resume="allow" if self.mode == "online" else None,
+            reinit="finish_previous",  # never go on in a run that an error left open
             settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
         )
         for line in finished:
@@ -109,7 +110,8 @@ class WandbTracker:
             self._run.summary.update(summary_metrics(result))
         current = Path(self._run.dir).parent
         self._run.finish(exit_code=0 if result is not None and result["status"] != "failed" else 1)
-        self._remove_older(current)
+        if self.mode == "offline":
+            self._remove_older(current)
 
     def _remove_older(self, current: Path) -> None:
         for old in (self._directory / "wandb").glob(f"offline-run-*-{self._id}"):

@@ -49,6 +49,7 @@ class Worker:
         self._loaded = _loaded(run)
         self._budget = budget_of(run)
         self.prompts = _prompts(run, self._loaded)
+        _check_context(self.prompts, self._loaded)
         lengths = [prompt.tokens for prompt in self.prompts]
         self._budgets = check_lengths(run.method, self._loaded.geometry, self._budget, lengths)
         check_adjusted(self.prompts, self._budgets, self._budget)
@@ -125,6 +126,18 @@ class Worker:
         score = self._run.benchmark.score(example, text, example.answers)
         own = {"task": example.task, "id": example.id, "metric": example.metric, "prediction": text}
         return {**own, "answers": list(example.answers), "score": float(score), **rescoring(example)}
+
+
+def _check_context(prompts: Sequence[Prompt], loaded: LoadedModel) -> None:
+    """Raise ValueError for a prompt that leaves the answer no room in the model's positions."""
+    for prompt in prompts:
+        question = 0 if prompt.follow_up is None else prompt.follow_up.numel()
+        needed = prompt.tokens + question + prompt.example.max_new_tokens
+        if needed > loaded.context_tokens:
+            raise ValueError(
+                f"example {prompt.example.id} of {prompt.example.task} needs {needed} tokens with its "
+                f"answer, {loaded.name} has {loaded.context_tokens} positions; ask for shorter prompts"
+            )
 
 
 def rescoring(example: Any) -> dict[str, Any]:

@@ -74,3 +74,10 @@ def test_largest_remainder_stays_within_one_of_the_share(shares: list[float], da
     whole = round_to_sum(shares, total, [1000] * len(shares))
     assert sum(whole) == total
     assert all(abs(w - s) <= 1 for w, s in zip(whole, shares, strict=True))
+
+
+@given(st.integers(2, 500), st.integers(1, 4000))
+def test_the_named_fraction_is_feasible_itself(tokens: int, extra: int) -> None:
+    prompt = tokens + extra
+    fraction = InfeasibleBudget("", tokens, prompt).smallest_fraction
+    assert Budget(kept_fraction=fraction).tokens(prompt) >= tokens

@@ -9,13 +9,17 @@ import pytest
 
 from analysis.compare import differences, finished, main
 
+RUNTIME = {"seed": 0, "batch_size": 1}
+
 
 def leave(root: Path, method: str, scores: list[float], status: str = "completed") -> None:
     """A cell as a run leaves it, with as much as the comparison reads."""
     directory = root / f"{method}-f0.25"
     directory.mkdir(parents=True)
     cell = {"model": "m", "benchmark": "b", "seed": 0, "method": method, "budget": "f0.25"}
-    (directory / "result.json").write_text(json.dumps({"status": status, "cell": cell}))
+    names = {"model": {}, "benchmark": {}, "method": {"name": method}, "budget": None, "runtime": RUNTIME}
+    result = {"status": status, "cell": cell, "config": names}
+    (directory / "result.json").write_text(json.dumps(result))
     lines = [json.dumps({"task": "multi", "id": str(i), "score": s}) for i, s in enumerate(scores)]
     (directory / "predictions.jsonl").write_text("\n".join(lines) + "\n")
 

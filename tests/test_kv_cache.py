@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import pytest
@@ -171,3 +172,18 @@ def test_before_a_prompt_there_is_nothing_to_ask_for() -> None:
     with pytest.raises(ValueError, match="has not seen a prompt"):
         cache.kept(0)
     assert cache.get_seq_length() == 0
+
+
+def test_a_model_that_ignores_the_attention_interface_is_refused() -> None:
+    model = copy.deepcopy(tiny_model())
+    ids, _ = prompts(1, 20)
+
+    def own_attention(hidden_states, position_embeddings=None, past_key_values=None, **_):
+        keys = torch.zeros(1, 2, hidden_states.shape[1], 16)
+        past_key_values.update(keys, keys, 0)
+        return hidden_states, None
+
+    model.model.layers[0].self_attn.forward = own_attention
+    with torch.inference_mode(), pytest.raises(ValueError, match="did not attend through"):
+        model(ids, past_key_values=KVCache(model, "fullkv"))
+    assert model.config._attn_implementation == "sdpa"

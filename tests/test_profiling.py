@@ -511,9 +511,9 @@ def test_profiles_are_found_by_fingerprint(tmp_path, monkeypatch):
     own = Geometry(3, 8, 4, 16, "0123456789abcdef")
     with pytest.raises(ProfileNotFound, match=r"0123456789abcdef.*python run\.py runner=profile model=mine"):
         find_profile(own, "mine")
-    random_profile(seed=1).save(library.default_path("0123456789abcdef"))
+    random_profile(seed=1).save(tmp_path / "shipped" / "profile.safetensors")
     assert float(find_profile(own).stability[0, 0]) == float(random_profile(seed=1).stability[0, 0])
-    random_profile(seed=2).save(tmp_path / "shipped" / "profile.safetensors")
+    random_profile(seed=2).save(library.default_path("0123456789abcdef"))  # the user's own comes first
     assert float(find_profile(own).stability[0, 0]) == float(random_profile(seed=2).stability[0, 0])
     for unknown in ("fedcba9876543210", None):
         with pytest.raises(ProfileNotFound):

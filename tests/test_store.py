@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hcache.attention import backends
 from hcache.attention.backends import BACKENDS, CHUNK, resolve
 from hcache.cache.store import RaggedStore
 
@@ -88,6 +89,26 @@ def test_backends_agree_with_the_reference_on_ragged_layouts(
     torch.testing.assert_close(
         BACKENDS[name].decode(q, store.ragged(), limits), expected, rtol=tolerance, atol=tolerance
     )
+
+
+@pytest.mark.parametrize("name", sorted(set(BACKENDS) - {"reference"}))
+def test_large_logits_keep_their_precision_in_bfloat16(name: str) -> None:
+    """Logits of 20 rounded to bfloat16 before the softmax would be off by more than this."""
+    store, _ = filled([900, 700], torch.bfloat16)
+    q = (5 * torch.randn(1, 4, 1, DIM, generator=torch.Generator().manual_seed(0))).bfloat16()
+    limits = torch.tensor([[900], [700]])
+    expected = BACKENDS["reference"].decode(q, store.ragged(), limits).float()
+    error = (BACKENDS[name].decode(q, store.ragged(), limits).float() - expected).abs().max()
+    assert error <= 2**-7 * expected.abs().max()
+
+
+def test_long_extensions_are_attended_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = filled([3, 130])
+    limits = store.append(*torch.randn(2, 2, 11, DIM))
+    q = torch.randn(1, 4, 11, DIM)
+    whole = BACKENDS["sdpa"].decode(q, store.ragged(), limits)
+    monkeypatch.setattr(backends, "SCRATCH_NUMBERS", 3000)
+    torch.testing.assert_close(BACKENDS["sdpa"].decode(q, store.ragged(), limits), whole)
 
 
 @pytest.mark.parametrize("name", sorted(set(BACKENDS) - {"reference"}))

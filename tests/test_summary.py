@@ -58,7 +58,7 @@ def test_numbers_of_two_batches() -> None:
     assert found["latency"]["decode_ms_per_token"]["median"] == 10
     # Batch 0 decodes side by side for 60 ms, batch 1 for 30 ms: 10 steps' tokens in 90 ms.
     assert found["latency"]["tokens_per_s"] == pytest.approx(10 / 0.090)
-    assert found["latency"]["host_to_device_bytes_per_token"] == pytest.approx(80 / 12)
+    assert found["latency"]["host_to_device_bytes_per_token"] == pytest.approx(80 / 10)
 
 
 def test_nothing_decoded_is_a_gap() -> None:
@@ -102,7 +102,17 @@ def result(method: str, budget: str, decode_ms: float, **changes: Any) -> dict[s
         "budget": {"resident_fraction": 0.251},
         "latency": {"prefill_ms": spread, "decode_ms_per_token": spread},
     }
-    return {"status": "completed", "cell": cell, **measured, **changes}
+    return {"status": "completed", "cell": cell, "config": config(method), **measured, **changes}
+
+
+def config(method: str, **options: Any) -> dict[str, Any]:
+    return {
+        "model": {"name": "tiny"},
+        "method": {"name": method, **options},
+        "benchmark": {"name": "b"},
+        "budget": None,
+        "runtime": {"seed": 0, "batch_size": 1},
+    }
 
 
 def printed(results: list[dict[str, Any]]) -> str:
@@ -126,6 +136,7 @@ def test_cells_without_numbers_are_gaps() -> None:
     bad = {
         "status": "infeasible",
         "cell": result("heterocache", "f0.05", 0)["cell"],
+        "config": config("heterocache"),
         "error": {"message": "needs 0.2"},
         "budget": {"requested_fraction": 0.05},
     }
@@ -143,6 +154,15 @@ def test_table_names_what_differs() -> None:
     other["cell"] = {**other["cell"], "model": "large"}
     assert [c.header for c in comparison([other]).columns][2] == "single"
     assert [c.header for c in comparison([result("snapkv", "f0.25", 5.0), other]).columns][2] == "model"
+
+
+def test_a_swept_option_is_a_column_and_other_settings_share_no_base() -> None:
+    cells = [result("snapkv", "f0.25", 5.0, config=config("snapkv", window=w)) for w in (8, 16)]
+    headers = [column.header for column in comparison([*cells, result("fullkv", "full", 10.0)]).columns]
+    assert headers[2] == "method.window"
+    other = result("fullkv", "full", 10.0)
+    other["config"]["benchmark"]["seed"] = 7
+    assert "0.50x" not in printed([result("snapkv", "f0.25", 5.0), other])
 
 
 def test_progress_without_terminal_says_little() -> None:

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 CHUNK = 64
 """Slots of a chunk. A segment starts on a chunk boundary and owns whole chunks."""
 
+SCRATCH_NUMBERS = 2**26
+"""float32 numbers of scratch that attending several query tokens at once may take, 256 MiB."""
+
 
 @dataclass
 class Ragged:
@@ -97,7 +100,16 @@ class SdpaBackend:
         return F.scaled_dot_product_attention(q_BHqTD, k_BHTD, v_BHTD, is_causal=True, enable_gqa=grouped)
 
     def decode(self, q_BHqTD: Tensor, ragged: Ragged, limits_ST: Tensor) -> Tensor:
-        """One pass over all chunks, then a softmax merged per segment from the chunks' maxima and sums."""
+        """All chunks in one product, for as many query tokens at a time as the scratch allows."""
+        group = q_BHqTD.shape[0] * q_BHqTD.shape[1] // limits_ST.shape[0]
+        numbers = ragged.owner.numel() * group * (CHUNK + q_BHqTD.shape[-1])
+        block = max(1, SCRATCH_NUMBERS // max(numbers, 1))
+        blocks = [slice(t, t + block) for t in range(0, limits_ST.shape[1], block)]
+        outs = [self._merge(q_BHqTD[:, :, now], ragged, limits_ST[:, now]) for now in blocks]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+    def _merge(self, q_BHqTD: Tensor, ragged: Ragged, limits_ST: Tensor) -> Tensor:
+        """A softmax a segment, merged from the maxima and sums of its chunks, in float32 throughout."""
         rows_SWD = to_segments(q_BHqTD, limits_ST.shape[0])
         owner = ragged.owner
         scores_CWN = _chunk_scores(rows_SWD, ragged, limits_ST)
@@ -108,18 +120,21 @@ class SdpaBackend:
         peak_SW = peak_SW.masked_fill(peak_SW == -torch.inf, 0.0)
         weights_CWN = (scores_CWN - peak_SW[owner].unsqueeze(-1)).exp_()
         total_SW = torch.zeros_like(peak_SW).index_add_(0, owner, weights_CWN.sum(-1))
-        values_CND = ragged.values.view(-1, CHUNK, ragged.values.shape[-1])
-        parts_CWD = torch.bmm(weights_CWN.to(values_CND.dtype), values_CND).float()
+        values_CND = ragged.values.view(-1, CHUNK, ragged.values.shape[-1]).float()
+        parts_CWD = torch.bmm(weights_CWN, values_CND)
         sums_SWD = torch.zeros(rows_SWD.shape, device=owner.device).index_add_(0, owner, parts_CWD)
         out_SWD = sums_SWD / total_SW.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
         return out_SWD.to(q_BHqTD.dtype).view_as(q_BHqTD)
 
 
 def _chunk_scores(rows_SWD: Tensor, ragged: Ragged, limits_ST: Tensor) -> Tensor:
-    """Scaled float32 logits [C, W, CHUNK]; -inf beyond a row's limit."""
+    """Scaled float32 logits [C, W, CHUNK]; -inf beyond a row's limit.
+
+    A product in bfloat16 would round logits of 20 by up to 0.06, many times what its softmax can bear.
+    """
     dim = rows_SWD.shape[-1]
-    keys_CDN = ragged.keys.view(-1, CHUNK, dim).transpose(1, 2)
-    scores_CWN = torch.bmm(rows_SWD[ragged.owner], keys_CDN).float().mul_(dim**-0.5)
+    keys_CDN = ragged.keys.view(-1, CHUNK, dim).transpose(1, 2).float()
+    scores_CWN = torch.bmm(rows_SWD.float()[ragged.owner] * dim**-0.5, keys_CDN)
     slot_CN = ragged.start.unsqueeze(1) + torch.arange(CHUNK, device=ragged.start.device)
     hidden_CTN = slot_CN.unsqueeze(1) >= limits_ST[ragged.owner].unsqueeze(-1)
     groups = rows_SWD.shape[1] // limits_ST.shape[1]

@@ -73,6 +73,11 @@ def bound(module: nn.Module) -> tuple[LayerState, bool]:
     return pair
 
 
+def unbind(modules: list[nn.Module]) -> int:
+    """Take back states that no attention call has taken; how many there were."""
+    return sum(module.__dict__.pop("_hcache_state", None) is not None for module in modules)
+
+
 def refuse_arguments(module: nn.Module, arguments: dict[str, Any], dropout: float = 0.0) -> None:
     """Raise ValueError for an attention argument that would be ignored."""
     set_ones = [name for name in UNSUPPORTED if arguments.get(name) is not None]

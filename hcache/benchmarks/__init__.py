@@ -1,6 +1,6 @@
 """Benchmarks by name: load examples, score predictions, average tasks.
 
-    examples = hcache.benchmarks.load("retrieval", lengths=[4096], examples=5)
+    examples = hcache.benchmarks.load("retrieval", lengths=[4096], examples_per_task=5)
     value = hcache.benchmarks.score("retrieval", "single_4096", "4821.", ["4821"])
 
 Importing this registers every benchmark. Knows no model and no method.

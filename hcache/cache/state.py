@@ -55,7 +55,10 @@ class LayerState(ABC):
 
     @abstractmethod
     def step(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-        """Append one token and attend. T is 1. Returns [B, Hq, 1, D]."""
+        """Append one token and attend. T is 1. Returns [B, Hq, 1, D].
+
+        Shapes are fixed. Only HeteroCache synchronises with the host, once a window, to decide on a refresh.
+        """
 
     @abstractmethod
     def extend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
@@ -72,6 +75,12 @@ class LayerState(ABC):
     def counters(self) -> dict[str, float]:
         """Sums of what happened since the prompt; empty for methods that only attend."""
         return {}
+
+
+def on_host(kept: list[Tensor]) -> list[Tensor]:
+    """Index tensors on the CPU; one that heads share is copied once."""
+    copies = {id(index): index.cpu() for index in kept}
+    return [copies[id(index)] for index in kept]
 
 
 def one_by_one(state: LayerState, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
@@ -96,15 +105,18 @@ class StoreLayer(LayerState):
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         batch = range(k.shape[0])
-        sequences = [(unpadded(q, valid, b), unpadded(k, valid, b), unpadded(v, valid, b)) for b in batch]
-        chosen = [self.choose(*sequences[b], b) for b in batch]
+        chosen = [
+            self.choose(unpadded(q, valid, b), unpadded(k, valid, b), unpadded(v, valid, b), b) for b in batch
+        ]
         lengths = [len(index) for kept in chosen for index in kept]
         self.store = RaggedStore(lengths, like=k, spare=self.reserve_tokens)
-        for b, ((_, k_HnD, v_HnD), kept) in enumerate(zip(sequences, chosen, strict=True)):
+        for b, kept in enumerate(chosen):
+            k_HnD, v_HnD = unpadded(k, valid, b), unpadded(v, valid, b)
             for h, index in enumerate(kept):
-                # One head at a time: a gathered copy of the whole layer never exists.
-                self.store.write(b * len(kept) + h, 0, k_HnD[h, index], v_HnD[h, index])
-        self._kept = [[index.cpu() for index in kept] for kept in chosen]
+                # One head at a time, whole ones without a gather: no copy of the layer is ever made.
+                rows = slice(None) if len(index) == k_HnD.shape[1] else index
+                self.store.write(b * len(kept) + h, 0, k_HnD[h, rows], v_HnD[h, rows])
+        self._kept = [on_host(kept) for kept in chosen]
 
     def choose(self, q: Tensor, k: Tensor, v: Tensor, sequence: int) -> list[Tensor]:
         """Positions to keep of one sequence (q [Hq, n, D], k and v [H, n, D]): H sorted tensors."""

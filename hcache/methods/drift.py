@@ -198,8 +198,9 @@ class HeteroLayer(StoreLayer):
     def nbytes(self) -> Bytes:
         total = add_bytes(super().nbytes(), self._manager.nbytes())
         masks = sum(mask.nbytes for watch in self._watches for mask in watch.reference.values())
+        queries = sum(rows.nbytes for watch in self._watches for rows in watch.queries)
         waiting = sum(r.keys.nbytes + r.values.nbytes for watch in self._watches for r in watch.pending)
-        total["device"]["metadata"] += masks
+        total["device"]["metadata"] += masks + queries
         total["device"]["reserved"] += waiting
         return total
 

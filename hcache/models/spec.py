@@ -66,7 +66,6 @@ class ModelSpec:
             checked where the backends are. Loading itself always uses transformers' sdpa.
         rope: rotary position override.
         quantization: weight quantisation at load. Quantised weights have another fingerprint.
-        chat_template: the model is a chat model, whose prompts belong in its tokenizer's chat template.
         trust_remote_code: run Python code that comes with the checkpoint. Off unless you trust its author.
         allow_pickle: accept weights in .bin files, which are pickles and can run code. Off: safetensors only.
 
@@ -82,7 +81,6 @@ class ModelSpec:
     attention: str = "auto"
     rope: Rope = Rope.none
     quantization: Quantization = Quantization.none
-    chat_template: bool = False
     trust_remote_code: bool = False
     allow_pickle: bool = False
 

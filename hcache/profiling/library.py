@@ -1,8 +1,8 @@
 """Reading head profiles, and finding the one of a model by the fingerprint of its weights.
 
-Two places, in this order: the profile shipped with the embedded model (hcache/tiny), then the user's
-directory, $HCACHE_PROFILES or ~/.cache/hcache/profiles, where `runner=profile` writes. A file is called after
-the fingerprint; the shipped one may also be called profile.safetensors or profile.json.
+Two places, in this order: the user's directory, $HCACHE_PROFILES or ~/.cache/hcache/profiles, where
+`runner=profile` writes, then the profile shipped with the embedded model (hcache/tiny). A file is called
+after the fingerprint; the shipped one may also be called profile.safetensors or profile.json.
 """
 
 from __future__ import annotations
@@ -77,5 +77,5 @@ def find_profile(geometry: Geometry, model: str = "...") -> HeadProfile:
 
 
 def _candidates(fingerprint: str) -> list[Path]:
-    names = [(SHIPPED, "profile"), (SHIPPED, fingerprint), (user_directory(), fingerprint)]
+    names = [(user_directory(), fingerprint), (SHIPPED, "profile"), (SHIPPED, fingerprint)]
     return [directory / f"{name}{suffix}" for directory, name in names for suffix in SUFFIXES]

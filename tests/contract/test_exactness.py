@@ -94,6 +94,20 @@ def test_a_sequence_is_the_same_alone_and_in_a_batch_and_after_another(case: Cas
         assert torch.equal(alone[0], together[b])
 
 
+def test_a_sequence_that_has_ended_counts_no_longer(case: Case) -> None:
+    """Tokens, lengths and counters of a batch are those of its sequences alone, one of which ends early."""
+    model = tiny_model("llama", 4)
+    ids, mask = prompts(2, 60)
+    generator = Generator(model, case.make(model), 0.5)
+    free = generator.generate(ids, mask, 24).tokens
+    stop = [free[0, 2:4].tolist()]
+    together = generator.generate(ids, mask, 24, stop=stop)
+    alone = [generator.generate(ids[b : b + 1], None, 24, stop=stop) for b in range(2)]
+    assert together.lengths == [out.lengths[0] for out in alone]
+    for key in set(together.counters) - {"attended_fraction", "decode_steps"}:
+        assert together.counters[key] == sum(out.counters[key] for out in alone)
+
+
 def layer_states(case: Case, lengths: list[int], budget: float, heads: int = 4) -> list:
     """Fresh states of two layers for prompts of these lengths, reading with the reference backend."""
     model = tiny_model("llama", heads)
