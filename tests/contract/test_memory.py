@@ -5,13 +5,13 @@ from __future__ import annotations
 import gc
 import weakref
 from types import FunctionType, ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hcache import Generator, InfeasibleBudget, KVCache
-from hcache.cache.state import LayerState
-from hcache.cache.store import RaggedStore
 from tests.contract.cases import CASES, Case
 from tests.tiny_models import prompts, tiny_model
 
@@ -124,22 +124,22 @@ def test_a_constant_size_begins_where_the_budget_is_reached() -> None:
     assert sizes == [*range(20, 31), 30, 30, 30, 30]
 
 
-def test_prefill_holds_one_full_layer_at_a_time(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a layer is prefilled, the layers before it hold what they keep and no full key or value."""
-    seen: list[int] = []
-    original = RaggedStore.__init__
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+def test_prefill_lets_go_of_a_layer_before_the_next_one_starts(
+    case: Case, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a layer's keys and values come, the storages of those of all layers before it are gone."""
+    seen: list[StorageWeakRef] = []
+    original = KVCache.update
 
-    def record(self: RaggedStore, lengths: list[int], **options: object) -> None:
-        seen.append(sum(lengths))
-        original(self, lengths, **options)  # type: ignore[arg-type]
+    def update(self: KVCache, keys: torch.Tensor, values: torch.Tensor, *rest: Any) -> Any:
+        assert all(storage.expired() for storage in seen)
+        seen.extend(StorageWeakRef(x.untyped_storage()) for x in (keys, values))
+        return original(self, keys, values, *rest)
 
-    monkeypatch.setattr(RaggedStore, "__init__", record)
-    cache = filled(case, 0.45)
-    assert len(seen) == cache.geometry.layers
-    states: list[LayerState] = cache.states
-    for state in states:
-        shared = state.store.keys.untyped_storage().nbytes()  # type: ignore[attr-defined]
-        assert shared == state.store.keys.nbytes  # type: ignore[attr-defined]
+    monkeypatch.setattr(KVCache, "update", update)
+    cache = filled(case, 0.45, padded)
+    assert len(seen) == 2 * cache.geometry.layers
 
 
 def test_an_infeasible_budget_names_the_smallest(case: Case) -> None:
