@@ -42,25 +42,29 @@ def forced_logits(model: PreTrainedModel, cache: object, ids: Tensor, mask: Tens
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_budget_for_everything_equals_the_full_cache(
-    case: Case, family: str, kv_heads: int, padded: bool
+    case: Case, family: str, kv_heads: int, batch: int, padded: bool
 ) -> None:
     model = tiny_model(family, kv_heads)
-    ids, mask = prompts(4, PROMPT, padded)
-    forced = torch.randint(3, VOCABULARY, (4, STEPS), generator=torch.Generator().manual_seed(5))
+    ids, mask = prompts(batch, PROMPT, padded)
+    forced = torch.randint(3, VOCABULARY, (batch, STEPS), generator=torch.Generator().manual_seed(5))
     cache = case.cache(model, PROMPT + STEPS + 1)
     ours = forced_logits(model, cache, ids, mask, forced)
     theirs = forced_logits(model, DynamicCache(config=model.config), ids, mask, forced)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_equal_those_of_the_full_cache(case: Case, family: str, batch: int) -> None:
+def test_greedy_tokens_equal_those_of_the_full_cache(
+    case: Case, family: str, batch: int, padded: bool
+) -> None:
     model = tiny_model(family)
-    ids, mask = prompts(batch, PROMPT, padded=batch > 1)
+    ids, mask = prompts(batch, PROMPT, padded)
     options = {"attention_mask": mask, "max_new_tokens": STEPS, "do_sample": False}
     theirs = model.generate(ids, **options)
     ours = model.generate(ids, past_key_values=case.cache(model, PROMPT + STEPS + 1), **options)
