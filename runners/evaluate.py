@@ -23,7 +23,7 @@ from runners.interrupt import Interrupted, StopSignal
 from runners.plan import PlannedCell, planned
 from runners.progress import CellProgress
 from runners.prompts import Prompt
-from runners.summary import mean, summarise
+from runners.summary import summarise
 from runners.tracking import Tracker, make_tracker
 from runners.work import Worker
 
@@ -125,7 +125,7 @@ def _completed(plan: PlannedCell, worker: Worker, lines: Sequence[Line]) -> Resu
     scores = {name: task["score"] for name, task in summary["tasks"].items()}
     return {
         **_head(plan, "completed"),
-        "score": overall(plan.run.benchmark, scores),
+        "score": plan.run.benchmark.aggregate(scores),
         **summary,
         "notes": worker.notes(),
         "provenance": records.provenance(
@@ -135,12 +135,6 @@ def _completed(plan: PlannedCell, worker: Worker, lines: Sequence[Line]) -> Resu
             seed=plan.run.runtime.seed,
         ),
     }
-
-
-def overall(benchmark: Any, scores: dict[str, float]) -> float:
-    """The benchmark's own average of its tasks' scores (0 to 100), or their plain mean where it has none."""
-    aggregate = getattr(benchmark, "aggregate", None)
-    return float(aggregate(scores)) if aggregate else mean(list(scores.values()))
 
 
 def _requested(plan: PlannedCell) -> dict[str, Any]:

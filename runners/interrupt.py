@@ -47,11 +47,6 @@ class StopSignal:
             raise Interrupted
 
 
-def asked() -> bool:
-    """Whether the process was asked to stop."""
-    return _asked.is_set()
-
-
 def forget() -> None:
     """Take the request back: the process goes on to other work."""
     _asked.clear()

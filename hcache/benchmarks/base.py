@@ -6,6 +6,7 @@ the runner's business; nothing here knows a model or a method.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -46,7 +47,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class Benchmark(ABC):
     """Settings every benchmark has.
 
     Args:
@@ -78,9 +79,9 @@ class Benchmark:
                 f"benchmark.tasks={list(self.tasks)} must name each task once; choose of {list(known)}"
             )
 
+    @abstractmethod
     def examples(self, tokenizer: Any | None) -> list[Example]:
         """The examples, in a fixed order; the tokenizer only measures lengths (None: one token a byte)."""
-        raise NotImplementedError
 
     def prompt_lengths(self) -> tuple[int, ...] | None:
         """Lengths in tokens of the compressed prompts, if known before a tokenizer is there; else None."""
@@ -92,13 +93,13 @@ class Benchmark:
             text = text.split(stop, 1)[0]
         return text.strip()
 
+    @abstractmethod
     def score(self, example: Example | str, prediction: str, answers: Sequence[str], **extra: Any) -> float:
         """Score of one prediction, 0 to 1.
 
         Args:
             example: the example, or the name of its task; then `extra` holds what the example's would.
         """
-        raise NotImplementedError
 
     def aggregate(self, scores: Mapping[str, float], kind: str = "official") -> float:
         """The benchmark's average of its tasks, on their scale: the mean. Raises ValueError for no task."""

@@ -1,0 +1,42 @@
+"""Methods of other packages: entry points are loaded, and a broken one takes no other with it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from hcache.methods import registry
+
+
+class Entry:
+    """What importlib.metadata hands out, as far as it is used."""
+
+    def __init__(self, name: str, error: Exception | None = None) -> None:
+        self.name, self.value, self.error, self.loaded = name, f"package:{name}", error, False
+
+    def load(self) -> None:
+        if self.error:
+            raise self.error
+        self.loaded = True
+
+
+def test_entry_points_are_loaded_and_a_broken_one_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = [Entry("broken", ImportError("no such module")), Entry("fine")]
+    asked = []
+    monkeypatch.setattr(registry, "entry_points", lambda group: asked.append(group) or entries)
+    with caplog.at_level(logging.ERROR):
+        registry.load_entry_points()
+    assert asked == ["hcache.methods"]
+    assert [entry.loaded for entry in entries] == [False, True]
+    assert "broken" in caplog.text
+
+
+def test_a_taken_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="'snapkv' is already registered"):
+
+        @registry.register("snapkv")
+        class Other:
+            pass
