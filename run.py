@@ -17,7 +17,7 @@ import runners
 from hcache import records
 from runners import CellOutcome, overrides
 from runners.config import CONF, ConfigError, register, typed
-from runners.plan import PlannedCell
+from runners.plan import PlannedCell, compose_all
 from runners.usage import usage
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str]) -> int:
             raise ConfigError(
                 "the configuration is conf/; add a directory with hydra.searchpath=[file:///your/conf]"
             )
+        if not shows_only and overrides.compares(overrides.parse(asked.overrides)):
+            return compare(asked.overrides)
         plans = plan(asked.overrides, asked.multirun, check=not shows_only)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -68,17 +70,39 @@ def plan(lines: Sequence[str], multirun: bool, check: bool) -> list[PlannedCell]
     Raises:
         ValueError: the command can't be run; the message is one line for the user.
     """
+    check_lines(lines, multirun)
+    if not check:
+        return []
+    from runners.checks import check_all  # imports torch: a typo is answered before that
+
+    return check_all(lines, multirun)
+
+
+def check_lines(lines: Sequence[str], multirun: bool) -> None:
+    """Check what is typed and register what it names. Raises ValueError as `plan`."""
     typed_in = overrides.parse(lines)
     if not multirun:
         overrides.check_single(typed_in)
     overrides.check(typed_in)
     register(overrides.plugins(typed_in))
     overrides.check(typed_in)  # once more: plug-ins and benchmarks are known now
-    if not check:
-        return []
-    from runners.checks import check_all  # imports torch: a typo is answered before that
 
-    return check_all(lines, multirun)
+
+def compare(lines: Sequence[str]) -> int:
+    """Hand all cells of a command to a runner that shows them in one table; returns the exit code.
+
+    Raises:
+        ValueError: as `plan`.
+    """
+    check_lines(lines, multirun=True)
+    from runners.budget import compare as show  # imports torch
+    from runners.checks import check_run
+
+    runs = compose_all(lines, multirun=True)
+    for run in runs:
+        check_run(run)
+    show(runs)
+    return 0
 
 
 def conclude(plans: Sequence[PlannedCell]) -> int:

@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hcache.attention import function as attention
 from hcache.attention.backends import CHUNK, resolve
+from hcache.attention.rope import Rope
 from hcache.budget import Budget
 from hcache.cache.state import Bytes, LayerState, add_bytes, no_bytes
 from hcache.geometry import Geometry
@@ -85,8 +86,9 @@ class KVCache(Cache):
         self.budget = _budget(self.method, budget)
         self.backend_name, self._backend = resolve(backend)
         self.geometry: Geometry = (
-            model_geometry(model) if self.method.needs_fingerprint else config_geometry(model.config)
+            model_geometry(model) if self.method.profiled else config_geometry(model.config)
         )
+        self._rope = Rope.of(model) if self.method.needs_rope else None
         self._modules = attention_modules(model, self.geometry.layers)
         self._reserve = reserve_tokens
         self.states: list[LayerState] = []
@@ -128,6 +130,8 @@ class KVCache(Cache):
         states = self.method.layers(self.geometry, self.budget, counts)
         for state in states:
             state.backend, state.reserve_tokens = self._backend, self._reserve
+            if self._rope is not None:
+                state.rope = self._rope
         self.states, self.prompt_tokens = states, counts
 
     def kept(self, layer: int) -> list[list[Tensor]]:

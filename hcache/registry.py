@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from typing import Generic, TypeVar
+from enum import Enum
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Enum)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
@@ -18,6 +20,20 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return f"unknown {kind} '{name}'{hint} (known: {', '.join(names)})"
+
+
+def choice(kind: type[E], setting: str, given: Any) -> E:
+    """A member of `kind` from its value; `setting` is what messages call it.
+
+    Raises:
+        ValueError: no such member; with a suggestion.
+    """
+    if isinstance(given, kind):
+        return given
+    known = [str(member.value) for member in kind]
+    if given not in known:
+        raise ValueError(unknown_name(setting, str(given), known))
+    return kind(given)
 
 
 class Registry(Generic[T]):

@@ -8,7 +8,7 @@ from contextlib import suppress
 from hcache import records
 from hcache.budget import InfeasibleBudget
 from hcache.geometry import Geometry
-from hcache.models import check_path
+from hcache.models import ModelSpec, check_path
 from hcache.registry import unknown_name
 from runners import RUNNERS
 from runners.config import ConfigError, RunConfig, budget_of, geometry_of
@@ -76,7 +76,7 @@ def known_infeasible(run: RunConfig) -> None:
         ValueError: the method refuses the model (a foreign profile, or none).
     """
     shape = geometry_of(run.model)
-    if hasattr(run.method, "profile"):
+    if run.method.profiled is not None:
         if shape.fingerprint is None:
             return  # Which profile fits can't be told before the weights are here.
         _check_profile(run, shape)
@@ -90,8 +90,12 @@ def _check_profile(run: RunConfig, shape: Geometry) -> None:
     from hcache.profiling import ProfileNotFound
 
     try:
-        run.method.head_profile(shape)
+        run.method.profiled.head_profile(shape)
     except ProfileNotFound as error:
-        known = run.model.path == run.model.name
-        asked = f"model={run.model.name}" if known else f"model=hf model.path={run.model.path}"
-        raise ConfigError(str(error).replace("model=...", asked)) from error
+        raise ConfigError(str(error).replace("model=...", asked_model(run.model))) from error
+
+
+def asked_model(spec: ModelSpec) -> str:
+    """What to type on the command line for this model."""
+    known = spec.path == spec.name
+    return f"model={spec.name}" if known else f"model=hf model.path={spec.path}"

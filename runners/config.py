@@ -101,7 +101,7 @@ class RunConfig:
     """The root of the configuration: everything one cell needs. `method` and `benchmark` are library
     dataclasses.
 
-    `profile` holds the settings of runner=profile and is null for others.
+    `profile` and `budget_table` hold the settings of runner=profile and runner=budget, null for others.
     """
 
     model: ModelSpec = field(default_factory=ModelSpec)
@@ -112,6 +112,7 @@ class RunConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     profile: Any = None
+    budget_table: Any = None
     plugins: list[str] = field(default_factory=list)
     outputs: str = "outputs"
     tag: str = "default"
@@ -237,11 +238,11 @@ def _profile_content(run: RunConfig) -> str | None:
 
     None without one: a method that needs it refuses to run, and says what to do.
     """
-    if not hasattr(run.method, "profile"):
+    if run.method.profiled is None:
         return None
     from hcache.profiling import find_profile, load_profile  # imports torch
 
-    path = run.method.profile
+    path = run.method.profiled.profile
     try:
         profile = find_profile(geometry_of(run.model)) if path is None else load_profile(path)
     except ValueError:

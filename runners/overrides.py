@@ -22,11 +22,14 @@ from omegaconf import OmegaConf
 
 from hcache.budget import Budget
 from hcache.registry import unknown_name
+from runners import COMPARING
 from runners.config import CONF, ConfigError, RunConfig
 
 _SECTIONS = {field.name: field for field in fields(RunConfig)}
 # Sections filled by a class of their own for each choice.
 _NAMED = ("method", "benchmark")
+# Sections with the settings of one runner, and its name.
+_OF_A_RUNNER = {"profile": "profile", "budget_table": "budget"}
 _GLOBAL_GROUPS = ("experiment", "debug", "launch", "local")
 
 
@@ -63,6 +66,12 @@ def check_single(overrides: Sequence[Override]) -> None:
     for override in overrides:
         if override.is_sweep_override():
             raise ConfigError(f"{override.input_line} asks for several cells: add -m (python run.py -m ...)")
+
+
+def compares(overrides: Sequence[Override]) -> bool:
+    """Whether the command asks for a runner that takes all its cells at once."""
+    named = [values(o) for o in overrides if o.key_or_group == "runner"]
+    return bool(named) and all(name in COMPARING for name in named[-1])
 
 
 def plugins(overrides: Sequence[Override]) -> list[str]:
@@ -122,11 +131,13 @@ def _check_option(key: str, overrides: Sequence[Override]) -> None:
     if section in _NAMED:
         for name in _chosen(section, overrides):
             _walk(f"option of {section} {name}", _options(section, name), path)
-    elif section == "profile":
+    elif section in _OF_A_RUNNER:
         for name in _chosen("runner", overrides):
             options = (_yaml_options("runner", name) or {}).get(section)
             if options is None:
-                raise ConfigError(f"{key} has no effect with runner={name}; it belongs to runner=profile")
+                raise ConfigError(
+                    f"{key} has no effect with runner={name}; it belongs to runner={_OF_A_RUNNER[section]}"
+                )
             _walk(f"option of {section}", options, path)
     else:
         kind = _SECTIONS[section].default_factory if section in _SECTIONS else None

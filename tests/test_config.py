@@ -142,11 +142,21 @@ def test_other_files_compose(group: str) -> None:
 
 def test_first_run_is_what_make_run_shows() -> None:
     runs = compose("experiment=first_run", multirun=True)
-    assert [run.method.name for run in runs] == ["fullkv", "streaming_llm", "snapkv", "heterocache"]
+    assert runs[0].method.name == "fullkv"
+    assert {run.method.name for run in runs} == set(METHODS.names()) - {"random"}
     assert {budget_of(run).kept_fraction for run in runs} == {0.25}
     assert all(run.tag == "first_run" and min(run.benchmark.lengths) >= 2048 for run in runs)
     assert all(run.benchmark.limit >= 10 for run in runs)
     assert runs[-1].method.roles.fit_budget
+
+
+def test_methods_compares_all_of_them_at_four_budgets() -> None:
+    runs = compose("experiment=methods", multirun=True)
+    assert runs[0].method.name == "fullkv"
+    assert {run.method.name for run in runs} == set(METHODS.names())
+    assert {budget_of(run).kept_fraction for run in runs} == {0.05, 0.1, 0.25, 0.5}
+    assert {run.benchmark.examples_per_task for run in runs} == {100}
+    assert {run.benchmark.limit for run in runs} == {None}
 
 
 def test_retrieval_300_has_enough_examples() -> None:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hcache import Generator
-from tests.contract.cases import CASES, Case
-from tests.tiny_models import prompts, tiny_model
+from hcache.attention.backends import BACKENDS
+from hcache.attention.rope import Rope
+from hcache.contract.cases import CASES, Case
+from hcache.contract.tiny_models import prompts, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
 ]
 
 
@@ -26,7 +31,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    return copy.deepcopy(tiny_model("llama", 4)).to("cuda", request.param)
+    return copy.deepcopy(tiny_model("llama", 4, layers=4)).to("cuda", request.param)
 
 
 def test_a_budget_for_everything_equals_the_full_cache(case: Case, model: PreTrainedModel) -> None:
@@ -46,7 +51,7 @@ def test_a_budget_for_everything_equals_the_full_cache(case: Case, model: PreTra
 
 
 def test_generate_and_generator_agree_when_compressed(case: Case) -> None:
-    model = copy.deepcopy(tiny_model("llama", 4)).cuda()
+    model = copy.deepcopy(case.model()).cuda()
     ids, mask = (x.cuda() for x in prompts(3, 90, padded=True))
     cache = case.cache(model, 0.5)
     theirs = model.generate(
@@ -73,6 +78,71 @@ def test_freeing_the_cache_lowers_allocated_memory_by_its_bytes(case: Case, mode
     del cache
     gc.collect()
     assert before - requested() == pytest.approx(device, rel=0.01)
+
+
+@contextmanager
+def synchronising_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+def test_a_step_never_synchronises(case: Case, padded: bool) -> None:
+    """Whole windows of HeteroCache and evictions included; masks are on the device as everything else is."""
+    model = copy.deepcopy(case.model()).cuda()
+    cache = case.cache(model, 0.5)
+    states = cache.method.layers(cache.geometry, cache.budget, [150, 150])
+    real = [torch.tensor([[True], [t % 3 != 1]], device="cuda") for t in range(40)] if padded else [None] * 40
+    for state in states:
+        state.backend, state.reserve_tokens = BACKENDS["sdpa"], 64
+        if cache.method.needs_rope:
+            state.rope = Rope.of(model)
+        state.prefill(*(torch.randn(2, 4, 150, 16, device="cuda") for _ in range(3)), None)
+    tokens = torch.randn(40, 3, 2, 4, 1, 16, device="cuda")
+    for t, token in enumerate(tokens):
+        with synchronising_is_an_error() if t else nullcontext():  # tables of the store are made once
+            for state in states:
+                state.step(*token, real[t])
+
+
+def test_a_whole_decode_forward_never_synchronises(case: Case) -> None:
+    model = copy.deepcopy(case.model()).cuda()
+    ids, _ = prompts(2, 150)
+    ids = ids.cuda()
+    cache = case.cache(model, 0.5)
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+        for t in range(12):
+            position = torch.full((2, 1), 150 + t, device="cuda")
+            with synchronising_is_an_error() if t else nullcontext():
+                model(ids[:, t : t + 1], position_ids=position, past_key_values=cache)
+
+
+def test_states_on_the_gpu_keep_and_give_what_they_do_on_the_cpu(case: Case) -> None:
+    """The same prompt and tokens in float32: kept sets, outputs and host rows agree."""
+    model = case.model()
+    cache = case.cache(model, 0.5)
+    ours, theirs = (cache.method.layers(cache.geometry, cache.budget, [150, 150]) for _ in range(2))
+    generator = torch.Generator().manual_seed(3)
+    prompt = [torch.randn(2, 4, 150, 16, generator=generator) for _ in range(3)]
+    tokens = torch.randn(20, 3, 2, 4, 1, 16, generator=generator)
+    for states, device in ((ours, "cpu"), (theirs, "cuda")):
+        rope = Rope.of(copy.deepcopy(model).to(device)) if cache.method.needs_rope else None
+        for state in states:
+            state.backend, state.reserve_tokens = BACKENDS["reference"], 64
+            if rope is not None:
+                state.rope = rope
+            state.prefill(*(x.to(device) for x in prompt), None)
+    for token in tokens:
+        for cpu, gpu in zip(ours, theirs, strict=True):
+            expected = cpu.step(*token, None)
+            out = gpu.step(*token.cuda(), None)
+            torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-4)
+            for a, b in zip(cpu.kept(), gpu.kept(), strict=True):
+                assert [h.tolist() for h in a] == [h.tolist() for h in b]
 
 
 def requested() -> int:

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from hcache import Budget, Generator, Geometry, HeadProfile, InfeasibleBudget
 from hcache.attention.backends import BACKENDS
+from hcache.contract.masked import causal_attention
+from hcache.contract.tiny_models import prompts, tiny_model
 from hcache.methods import make
 from hcache.methods.drift import HeteroLayer
-from hcache.methods.heterocache import HeteroCache, OffloadSettings, RoleSettings, fit_roles
+from hcache.methods.heterocache import HeteroCache, OffloadSettings
 from hcache.profiling import Graph, Role
-from tests.reference.masked import causal_attention
-from tests.tiny_models import prompts, tiny_model
+from hcache.role_weights import RoleSettings, fit_roles
+from tests.operations import Operations
 
 N, DIM = 60, 16
 GEOMETRY = Geometry(layers=1, query_heads=8, kv_heads=4, head_dim=DIM, fingerprint="x")
@@ -125,7 +127,7 @@ def test_only_satellites_move_and_only_they_wait_on_the_host() -> None:
     assert counters["host_to_device_bytes"] == after[1].numel() * token
 
 
-@pytest.mark.parametrize("visible_after", [1, 2, 5, 9])
+@pytest.mark.parametrize("visible_after", [1, 2, 4, 5])
 def test_a_refresh_is_seen_exactly_when_it_is_said_to_be(visible_after: int) -> None:
     state = layer(visible_after=visible_after)
     q, k, v = planted(EARLY)
@@ -208,7 +210,7 @@ def top_set(rows_Gn: Tensor, count: int) -> set[int]:
 def test_without_offload_the_tokens_are_the_same_and_no_host_memory_is_used() -> None:
     model = tiny_model("llama", 4)
     ids, mask = prompts(2, 80, padded=True)
-    from tests.contract.cases import profile_of
+    from hcache.contract.cases import profile_of
 
     outs = []
     for enabled in (True, False):
@@ -309,6 +311,59 @@ def test_satellites_of_one_pivot_with_different_budgets_get_their_own_top_tokens
     assert {50, 51, 52} <= small
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+def test_a_step_asks_the_device_for_nothing_and_windows_are_alike(
+    padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a pivot has drifted or not: one sequence always does, the other never."""
+    method = make("heterocache", profile=PIVOT_AND_SATELLITE, visible_after=2)
+    (state,) = method.layers(GEOMETRY, Budget(kept_fraction=0.5), [N, N])
+    state.backend, state.reserve_tokens = BACKENDS["sdpa"], 60
+    q, k, v = (x.repeat(2, 1, 1, 1) for x in planted(EARLY))
+    state.prefill(q, k, v, None)
+    for _ in range(5):
+        state.step(*tokens_of_both(k, [EARLY, LATE], padded))
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "tolist", None)
+        windows = []
+        for where in (LATE, EARLY, EARLY):
+            tokens = tokens_of_both(k, [EARLY, where], padded)
+            with Operations() as operations:
+                for _ in range(5):
+                    state.step(*tokens)
+            assert operations.synchronised() == []
+            windows.append(operations.trace)
+    assert windows[0] == windows[1] == windows[2]
+    assert state.counters()["triggers"] >= 2
+
+
+def tokens_of_both(k: Tensor, where: list[list[int]], padded: bool) -> tuple:
+    """What a step is given; with `padded` the mask of two sequences, though nothing is left out."""
+    rows = torch.stack([query(k, at) for at in where]).view(2, 1, 1, DIM).expand(2, 8, 1, DIM)
+    return rows, *torch.zeros(2, 2, 4, 1, DIM), torch.ones(2, 1, dtype=torch.bool) if padded else None
+
+
+@pytest.mark.parametrize("visible_after", [1, 3])
+def test_a_sequence_that_skips_tokens_decides_as_if_it_were_alone(visible_after: int) -> None:
+    """Windows count a sequence's own tokens: pads in a batch move nothing."""
+    method = make("heterocache", profile=PIVOT_AND_SATELLITE, visible_after=visible_after)
+    states = [method.layers(GEOMETRY, Budget(kept_fraction=0.5), [N] * b)[0] for b in (2, 1)]
+    q, k, v = planted(EARLY)
+    for state, batch in zip(states, (2, 1), strict=True):
+        state.backend = BACKENDS["reference"]
+        state.prefill(*(x.repeat(batch, 1, 1, 1) for x in (q, k, v)), None)
+    looks = [EARLY, LATE, LATE, LATE, LATE, EARLY, EARLY, EARLY, EARLY, LATE, LATE, EARLY]
+    for t in range(2 * len(looks)):
+        row = query(k, looks[t // 2]).expand(1, 8, 1, DIM)
+        token = (row.repeat(2, 1, 1, 1), *torch.zeros(2, 2, 4, 1, DIM))
+        out = states[0].step(*token, torch.tensor([[True], [t % 2 == 0]]))
+        if t % 2 == 0:
+            alone = states[1].step(row, *torch.zeros(2, 1, 4, 1, DIM), None)
+            torch.testing.assert_close(out[1], alone[0], rtol=1e-5, atol=1e-6)
+        for ours, theirs in zip(states[0].kept()[1], states[1].kept()[0], strict=True):
+            assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("field", ["window", "steps", "visible_after"])
 def test_counts_below_one_are_refused(field: str) -> None:
     with pytest.raises(ValueError, match=f"method.{field}=0"):
@@ -318,12 +373,14 @@ def test_counts_below_one_are_refused(field: str) -> None:
 def test_other_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="kernel=4"):
         make("heterocache", kernel=4)
+    with pytest.raises(ValueError, match="visible_after=6 must be at most method.steps=5"):
+        make("heterocache", visible_after=6)
     with pytest.raises(ValueError, match="drift_threshold"):
         make("heterocache", drift_threshold=1.5)
 
 
 def test_thresholds_are_separate() -> None:
     strict = HeteroCache(profile=MIXED, roles=RoleSettings(stable_threshold=0.85))
-    assert strict.assign(MIXED).counts["volatile"] > MIXED.roles().counts["volatile"]
-    assert strict.threshold(strict.assign(MIXED)) == 0.85
+    assert strict.roles.assign(MIXED).counts["volatile"] > MIXED.roles().counts["volatile"]
+    assert strict.threshold(strict.roles.assign(MIXED)) == 0.85
     assert HeteroCache(profile=MIXED, drift_threshold=0.2).threshold(MIXED.roles()) == 0.2

@@ -19,7 +19,7 @@ from transformers import (
 
 from hcache import Budget, Generator, KVCache
 from hcache.attention import function as attention
-from tests.tiny_models import prompts, tiny_model
+from hcache.contract.tiny_models import prompts, tiny_model
 
 SIZES = {
     "hidden_size": 64,

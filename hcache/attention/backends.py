@@ -61,6 +61,10 @@ class Backend(Protocol):
         """
         ...
 
+    def decode_weighed(self, q_BHq1D: Tensor, ragged: Ragged, limits_S1: Tensor) -> tuple[Tensor, Tensor]:
+        """`decode` of one query token, and its attention weights [slots, G] float32, 0 beyond the limits."""
+        ...
+
 
 def to_segments(q_BHqTD: Tensor, segments: int) -> Tensor:
     """[B, Hq, T, D] -> [S, G*T, D]: the query rows that share one KV head, group-major."""
@@ -91,6 +95,14 @@ class ReferenceBackend:
                     out[s].unflatten(0, (-1, tokens))[:, t] = (weights @ v).to(out.dtype)
         return out.view_as(q_BHqTD)
 
+    def decode_weighed(self, q_BHq1D: Tensor, ragged: Ragged, limits_S1: Tensor) -> tuple[Tensor, Tensor]:
+        rows_SGD = to_segments(q_BHq1D, limits_S1.shape[0]).float()
+        weights = torch.zeros(ragged.keys.shape[0], rows_SGD.shape[1], device=q_BHq1D.device)
+        for rows_GD, first, limit in zip(rows_SGD, ragged.offsets, limits_S1[:, 0].tolist(), strict=True):
+            logits = ragged.keys[first : first + limit].float() @ rows_GD.T * rows_GD.shape[1] ** -0.5
+            weights[first : first + limit] = logits.softmax(0)
+        return self.decode(q_BHq1D, ragged, limits_S1), weights
+
 
 class SdpaBackend:
     """torch's scaled_dot_product_attention over the prompt, a batched product over chunks when decoding."""
@@ -105,11 +117,19 @@ class SdpaBackend:
         numbers = ragged.owner.numel() * group * (CHUNK + q_BHqTD.shape[-1])
         block = max(1, SCRATCH_NUMBERS // max(numbers, 1))
         blocks = [slice(t, t + block) for t in range(0, limits_ST.shape[1], block)]
-        outs = [self._merge(q_BHqTD[:, :, now], ragged, limits_ST[:, now]) for now in blocks]
+        outs = [self._merge(q_BHqTD[:, :, now], ragged, limits_ST[:, now])[0] for now in blocks]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
-    def _merge(self, q_BHqTD: Tensor, ragged: Ragged, limits_ST: Tensor) -> Tensor:
-        """A softmax a segment, merged from the maxima and sums of its chunks, in float32 throughout."""
+    def decode_weighed(self, q_BHq1D: Tensor, ragged: Ragged, limits_S1: Tensor) -> tuple[Tensor, Tensor]:
+        out, weights_CGN, total_SG = self._merge(q_BHq1D, ragged, limits_S1)
+        weights_CGN = weights_CGN / total_SG[ragged.owner].unsqueeze(-1)
+        return out, weights_CGN.transpose(1, 2).flatten(0, 1)
+
+    def _merge(self, q_BHqTD: Tensor, ragged: Ragged, limits_ST: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A softmax a segment, merged from the maxima and sums of its chunks, in float32 throughout.
+
+        Returns the output, the chunks' unnormalised weights [C, W, N] and their sums a segment [S, W].
+        """
         rows_SWD = to_segments(q_BHqTD, limits_ST.shape[0])
         owner = ragged.owner
         scores_CWN = _chunk_scores(rows_SWD, ragged, limits_ST)
@@ -123,8 +143,9 @@ class SdpaBackend:
         values_CND = ragged.values.view(-1, CHUNK, ragged.values.shape[-1]).float()
         parts_CWD = torch.bmm(weights_CWN, values_CND)
         sums_SWD = torch.zeros(rows_SWD.shape, device=owner.device).index_add_(0, owner, parts_CWD)
-        out_SWD = sums_SWD / total_SW.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
-        return out_SWD.to(q_BHqTD.dtype).view_as(q_BHqTD)
+        total_SW = total_SW.clamp_min(torch.finfo(torch.float32).tiny)
+        out_SWD = sums_SWD / total_SW.unsqueeze(-1)
+        return out_SWD.to(q_BHqTD.dtype).view_as(q_BHqTD), weights_CWN, total_SW
 
 
 def _chunk_scores(rows_SWD: Tensor, ragged: Ragged, limits_ST: Tensor) -> Tensor:
@@ -139,6 +160,22 @@ def _chunk_scores(rows_SWD: Tensor, ragged: Ragged, limits_ST: Tensor) -> Tensor
     hidden_CTN = slot_CN.unsqueeze(1) >= limits_ST[ragged.owner].unsqueeze(-1)
     groups = rows_SWD.shape[1] // limits_ST.shape[1]
     return scores_CWN.masked_fill_(hidden_CTN.repeat(1, groups, 1), -torch.inf)
+
+
+def causal(backend: Backend, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+    """Exact causal attention [B, Hq, T, D] among real tokens; rows of pads are zero.
+
+    With pads every sequence is attended alone: no [T, T] mask is ever built, and a sequence gives the
+    same numbers as it does outside a batch.
+    """
+    if valid is None:
+        return backend.prefill(q, k, v)
+    out = torch.zeros_like(q)
+    for b in range(q.shape[0]):
+        real = valid[b]
+        alone = (x[b : b + 1, :, real] for x in (q, k, v))
+        out[b, :, real] = backend.prefill(*alone)[0]
+    return out
 
 
 BACKENDS: dict[str, Backend] = {"reference": ReferenceBackend(), "sdpa": SdpaBackend()}

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from hcache.attention.backends import Backend
-
 if TYPE_CHECKING:
     from hcache.cache.state import LayerState
 
@@ -52,7 +50,7 @@ def attend(
         query = query * (scaling * query.shape[-1] ** 0.5)
     state, is_prompt = bound(module)
     if is_prompt:
-        out = causal(state.backend, query, key, value, attention_mask)
+        out = state.attend_prompt(query, key, value, attention_mask)
         state.prefill(query, key, value, attention_mask)
     elif query.shape[2] == 1:
         out = state.step(query, key, value, attention_mask)
@@ -88,22 +86,6 @@ def refuse_arguments(module: nn.Module, arguments: dict[str, Any], dropout: floa
             f"{type(module).__name__} asks for {', '.join(set_ones)}, which compressed attention does not "
             "implement; use a model with plain full attention, in eval mode"
         )
-
-
-def causal(backend: Backend, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-    """Exact causal attention [B, Hq, T, D] among real tokens; rows of pads are zero.
-
-    With pads every sequence is attended alone: no [T, T] mask is ever built, and a sequence gives the
-    same numbers as it does outside a batch.
-    """
-    if valid is None:
-        return backend.prefill(q, k, v)
-    out = torch.zeros_like(q)
-    for b in range(q.shape[0]):
-        real = valid[b]
-        alone = (x[b : b + 1, :, real] for x in (q, k, v))
-        out[b, :, real] = backend.prefill(*alone)[0]
-    return out
 
 
 def pass_padding(

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hcache.attention.backends import CHUNK, Backend
+from hcache.attention.backends import CHUNK, Backend, causal
+from hcache.attention.rope import Rope
 from hcache.cache.store import RaggedStore
 
 Bytes = dict[str, dict[str, int]]
@@ -32,6 +33,11 @@ def add_bytes(total: Bytes, more: Bytes) -> Bytes:
     return {side: {kind: total[side][kind] + more[side][kind] for kind in total[side]} for side in total}
 
 
+def storage_bytes(*tensors: Tensor) -> int:
+    """Bytes of the storages behind tensors, whatever part of them the tensors show."""
+    return sum(x.untyped_storage().nbytes() for x in tensors)
+
+
 def unpadded(x_BHTD: Tensor, valid: Tensor | None, sequence: int) -> Tensor:
     """[heads, n, D] of one sequence without its pads; a view where there are none."""
     x = x_BHTD[sequence]
@@ -43,11 +49,17 @@ class LayerState(ABC):
 
     Attributes:
         backend: attends; set by the cache before the first call.
+        rope: the model's rotary embedding; set like the backend for methods that need it.
         reserve_tokens: tokens that will follow the prompt as far as known, so that nothing moves later.
     """
 
     backend: Backend
+    rope: Rope
     reserve_tokens: int = CHUNK
+
+    def attend_prompt(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        """What the prompt's own tokens see [B, Hq, T, D], before `prefill`: exact causal attention."""
+        return causal(self.backend, q, k, v, valid)
 
     @abstractmethod
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
@@ -57,7 +69,7 @@ class LayerState(ABC):
     def step(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """Append one token and attend. T is 1. Returns [B, Hq, 1, D].
 
-        Shapes are fixed. Only HeteroCache synchronises with the host, once a window, to decide on a refresh.
+        Shapes are fixed and nothing waits for the device, so that steps can be captured as a graph.
         """
 
     @abstractmethod
@@ -66,7 +78,11 @@ class LayerState(ABC):
 
     @abstractmethod
     def kept(self) -> list[list[Tensor]]:
-        """[sequence][KV head] -> sorted prompt positions (without pads) that a step can attend to."""
+        """[sequence][KV head] -> sorted prompt positions (without pads) that a step can attend to.
+
+        Of methods that select at each step: the latest selection (the last prompt query's before the first
+        step) and what is always attended.
+        """
 
     @abstractmethod
     def nbytes(self) -> Bytes:

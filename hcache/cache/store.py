@@ -22,7 +22,8 @@ def _chunks(tokens: int) -> int:
 class RaggedStore:
     """Flat [slots, D] buffers for K and V, and a length per segment kept on the device.
 
-    Segment s owns whole chunks from `offsets[s]` on. Slots beyond a segment's length are zero.
+    Segment s owns whole chunks from `offsets[s]` on (`first` on the device). Slots beyond a segment's length
+    are zero.
 
     Args:
         lengths: tokens of each of the S segments, sequence-major (s = b * H + h); the caller writes them.
@@ -34,6 +35,7 @@ class RaggedStore:
         self._bounds = list(lengths)
         self._device, self._dtype, self._dim = like.device, like.dtype, like.shape[-1]
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device=self._device)
+        self._spare = spare
         self._allocate(spare)
 
     def _allocate(self, spare: int) -> None:
@@ -47,7 +49,19 @@ class RaggedStore:
         owner = torch.repeat_interleave(torch.arange(len(chunks)), torch.tensor(chunks))
         start = torch.cat([torch.arange(count) for count in chunks]) * CHUNK
         self._owner, self._start = owner.to(self._device), start.to(self._device)
-        self._first = torch.tensor(self.offsets, device=self._device)
+        self.first = torch.tensor(self.offsets, device=self._device)
+        self._rows: dict[tuple[int, ...], Tensor] = {}
+
+    def rows(self, counts: list[int]) -> Tensor:
+        """Rows in the flat buffers of the first `counts[s]` slots of each segment, in order: int64.
+
+        Made once for the same counts until the buffers move, so that a step can ask without synchronising.
+        """
+        key = tuple(counts)
+        if key not in self._rows:
+            spans = [torch.arange(first, first + n) for first, n in zip(self.offsets, counts, strict=True)]
+            self._rows[key] = torch.cat(spans).to(self._device)
+        return self._rows[key]
 
     def write(self, segment: int, slot: int, keys: Tensor, values: Tensor) -> None:
         """Overwrite slots [slot, slot + len) of a segment; lengths stay."""
@@ -69,6 +83,15 @@ class RaggedStore:
         self._allocate(max(CHUNK, max(bounds) // GROWTH))
         for s, (first, bound) in enumerate(zip(offsets, old, strict=True)):
             self.write(s, 0, keys[first : first + bound], values[first : first + bound])
+
+    def keep(self, slots: list[Tensor]) -> None:
+        """Keep these slots of each segment, in this order, and free the rest: the buffers shrink."""
+        keys, values, offsets = self.keys, self.values, self.offsets
+        self._bounds = [index.numel() for index in slots]
+        self.lengths = torch.tensor(self._bounds, dtype=torch.int32, device=self._device)
+        self._allocate(self._spare)
+        for s, (first, index) in enumerate(zip(offsets, slots, strict=True)):
+            self.write(s, 0, keys[first + index], values[first + index])
 
     def append(self, k_STD: Tensor, v_STD: Tensor, valid_ST: Tensor | None = None) -> Tensor:
         """Append T tokens to every segment; tokens that are not valid leave no trace.
@@ -104,7 +127,7 @@ class RaggedStore:
             fed = torch.arange(1, ahead.shape[1] + 1, device=self._device)
             behind = self.lengths.long().unsqueeze(1) + ahead[:, -1:] + (fed - ahead) - 1
             slot = torch.where(valid, slot, behind)
-        index = (self._first.unsqueeze(1) + slot).flatten()
+        index = (self.first.unsqueeze(1) + slot).flatten()
         self.keys.index_copy_(0, index, k_STD.reshape(-1, self._dim))
         self.values.index_copy_(0, index, v_STD.reshape(-1, self._dim))
 
@@ -116,7 +139,7 @@ class RaggedStore:
         Args:
             valid_S: [S] bool, segments that have a token; the others stay as they are. None: all.
         """
-        index = self._first + slot_S
+        index = self.first + slot_S
         longer = torch.maximum(self.lengths, slot_S.int() + 1)
         if valid_S is not None:
             k_SD = torch.where(valid_S.unsqueeze(1), k_SD, self.keys[index])
@@ -138,7 +161,7 @@ class RaggedStore:
     def nbytes(self) -> dict[str, int]:
         """Bytes of the live buffers: payload (K, V of stored tokens), metadata, reserved (unused slots)."""
         payload = int(self.lengths.sum()) * self.token_bytes
-        tables = (self.lengths, self._owner, self._start, self._first)
+        tables = (self.lengths, self._owner, self._start, self.first, *self._rows.values())
         buffers = self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
         metadata = sum(t.untyped_storage().nbytes() for t in tables)
         return {"payload": payload, "metadata": metadata, "reserved": buffers - payload}

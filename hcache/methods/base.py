@@ -7,16 +7,33 @@ class, no runner and no stream.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar
-
-from torch import Tensor
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any, ClassVar
 
 from hcache.budget import Budget, InfeasibleBudget
-from hcache.cache.state import LayerState, StoreLayer
+from hcache.cache.state import LayerState
 from hcache.geometry import Geometry
-from hcache.scoring import top_positions
+from hcache.registry import choice
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a method plans for one prompt, before anything runs; tests hold it to the measured bytes.
+
+    Args:
+        device_bytes: payload and metadata on the device after prefill, whole model.
+        attended_tokens: prompt tokens that a decode step attends to, average per KV head per layer.
+        host_bytes: payload in host memory, whole model.
+        moved_bytes: host to device in one decode step, at most.
+        parts: what the budget became, in the method's own terms: {"rank": 160, "selected": 1024}.
+    """
+
+    device_bytes: int
+    attended_tokens: float
+    host_bytes: int = 0
+    moved_bytes: int = 0
+    parts: dict[str, int | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -26,12 +43,35 @@ class Method(ABC):
     Attributes:
         name: the registered name, set by the registry.
         uses_budget: False where the method keeps everything whatever the budget (FullKV).
-        needs_fingerprint: True where the geometry must name the weights (HeteroCache's profile).
+        constant_size: evicts while decoding, so that its size stays.
+        selects: each step attends to a choice of its own, which `LayerState.kept` tells after the step.
     """
 
     name: ClassVar[str] = ""
     uses_budget: ClassVar[bool] = True
-    needs_fingerprint: ClassVar[bool] = False
+    constant_size: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        # Choices by name too: a name that stayed one would be taken for another member.
+        for option in fields(self):
+            if isinstance(option.default, Enum):
+                given = getattr(self, option.name)
+                member = choice(type(option.default), f"method.{option.name}", given)
+                object.__setattr__(self, option.name, member)
+
+    @property
+    def profiled(self) -> Any:
+        """What goes by a head profile (has `profile` and `head_profile`); None for most methods.
+
+        Where there is one, the geometry names the weights.
+        """
+        return None
+
+    @property
+    def needs_rope(self) -> bool:
+        """True where states rotate keys themselves (LayerState.rope)."""
+        return False
 
     @abstractmethod
     def layers(self, geometry: Geometry, budget: Budget, prompt_tokens: list[int]) -> list[LayerState]:
@@ -39,6 +79,14 @@ class Method(ABC):
 
         Raises:
             InfeasibleBudget: the method can't run within the budget.
+        """
+
+    @abstractmethod
+    def usage(self, geometry: Geometry, budget: Budget, prompt_tokens: int, number_bytes: int) -> Usage:
+        """What a prompt of this length will take; numbers (keys, values) take `number_bytes` each.
+
+        Raises:
+            InfeasibleBudget: as `layers`.
         """
 
     def minimum_tokens(self, geometry: Geometry, prompt_tokens: int) -> int:
@@ -61,38 +109,3 @@ class Method(ABC):
     def shortage(self) -> str:
         """Why a budget may be too small, as the end of a sentence."""
         return ""
-
-
-@dataclass(frozen=True)
-class EvictionMethod(Method):
-    """Keeps the best-scored prompt tokens of each KV head and drops the rest for good.
-
-    A subclass writes `score`, and `allocate` if its split over heads and layers is not uniform.
-    """
-
-    @abstractmethod
-    def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Importance [H, n] float32 of one sequence's prompt; +inf for what must stay.
-
-        q [Hq, n, D], k and v [H, n, D].
-        """
-
-    def allocate(self, geometry: Geometry, tokens: int, prompt_tokens: int) -> list[list[int]]:
-        """[L][H] tokens to keep, `tokens` on average."""
-        return [[tokens] * geometry.kv_heads for _ in range(geometry.layers)]
-
-    def layers(self, geometry: Geometry, budget: Budget, prompt_tokens: list[int]) -> list[LayerState]:
-        splits = [self.allocate(geometry, self.require(geometry, budget, n), n) for n in prompt_tokens]
-        return [
-            StoreLayer(partial(self.select, [split[layer] for split in splits]))
-            for layer in range(geometry.layers)
-        ]
-
-    def select(
-        self, counts: list[list[int]], q: Tensor, k: Tensor, v: Tensor, sequence: int
-    ) -> list[Tensor] | None:
-        """The `counts[sequence][h]` best positions of each head; None where that is all of them."""
-        if min(counts[sequence]) >= k.shape[1]:
-            return None
-        scores = self.score(q, k, v)
-        return [top_positions(row, count) for row, count in zip(scores, counts[sequence], strict=True)]

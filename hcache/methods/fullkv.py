@@ -8,7 +8,7 @@ from typing import ClassVar
 from hcache.budget import Budget
 from hcache.cache.state import LayerState, StoreLayer
 from hcache.geometry import Geometry
-from hcache.methods.base import Method
+from hcache.methods.base import Method, Usage
 from hcache.methods.registry import register
 
 
@@ -21,3 +21,7 @@ class FullKV(Method):
 
     def layers(self, geometry: Geometry, budget: Budget, prompt_tokens: list[int]) -> list[LayerState]:
         return [StoreLayer() for _ in range(geometry.layers)]
+
+    def usage(self, geometry: Geometry, budget: Budget, prompt_tokens: int, number_bytes: int) -> Usage:
+        held = 2 * geometry.heads * geometry.head_dim * prompt_tokens * number_bytes
+        return Usage(held, prompt_tokens, parts={"tokens": prompt_tokens})

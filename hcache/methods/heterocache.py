@@ -20,45 +20,24 @@ an infeasible budget is an error that names the smallest feasible one.
 
 from __future__ import annotations
 
-import logging
-import math
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
-from hcache.allocation import water_fill
 from hcache.budget import Budget
-from hcache.cache.offload import OffloadManager
 from hcache.cache.state import LayerState
 from hcache.geometry import Geometry
-from hcache.methods.base import Method
+from hcache.methods.base import Method, Usage
 from hcache.methods.drift import DriftRule, HeteroLayer, LayerPlan
 from hcache.methods.registry import register
-from hcache.profiling import Graph, HeadProfile, Role, Roles, find_profile, load_profile
+from hcache.profiling import HeadProfile, Roles
+from hcache.role_weights import (
+    RoleSettings,
+    compressed_tokens,
+    resolve_profile,
+    role_counts,
+    smallest_tokens,
+)
 from hcache.scoring import Group, Pooling, check_kernel
-
-log = logging.getLogger(__name__)
-
-Head = tuple[int, int]
-"""(layer, KV head)."""
-
-
-@dataclass(frozen=True)
-class RoleSettings:
-    """How a profile's scores become roles.
-
-    Args:
-        fit_budget: below the smallest feasible budget, demote the most stable volatile heads and then the
-            pivots with the fewest satellites, instead of refusing.
-        stable_threshold: an unclustered head at least this stable is an anchor; None takes the profile's own.
-        similarity_threshold: heads at least this similar are clustered; None takes the profile's own.
-        graph: which similarity is clustered.
-    """
-
-    fit_budget: bool = False
-    stable_threshold: float | None = None
-    similarity_threshold: float | None = None
-    graph: Graph = Graph.median
 
 
 @dataclass(frozen=True)
@@ -85,13 +64,11 @@ class HeteroCache(Method):
         steps: decode steps between two looks at the pivots, W.
         drift_threshold: a pivot has drifted when its median overlap falls below; None takes the stable
             threshold.
-        visible_after: a refresh decided after token t is seen by token t + visible_after.
+        visible_after: a refresh decided after token t is seen by token t + visible_after; at most `steps`.
         profile: path of a head profile, or a HeadProfile; None finds the one of the model's fingerprint.
         roles: see RoleSettings.
         offload: see OffloadSettings.
     """
-
-    needs_fingerprint: ClassVar[bool] = True
 
     window: int = 1
     kernel: int = 5
@@ -105,18 +82,28 @@ class HeteroCache(Method):
     offload: OffloadSettings = field(default_factory=OffloadSettings)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_kernel(self.kernel)
         for key in ("window", "steps", "visible_after"):
             if getattr(self, key) < 1:
                 raise ValueError(f"method.{key}={getattr(self, key)} must be at least 1 token")
+        if self.visible_after > self.steps:
+            raise ValueError(
+                f"method.visible_after={self.visible_after} must be at most method.steps={self.steps}: the "
+                "next decision would overtake the refresh; lower it or raise steps"
+            )
         if self.drift_threshold is not None and not 0 <= self.drift_threshold <= 1:
             raise ValueError(
                 f"method.drift_threshold={self.drift_threshold} must be between 0 and 1 (an overlap)"
             )
 
+    @property
+    def profiled(self) -> HeteroCache:
+        return self
+
     def layers(self, geometry: Geometry, budget: Budget, prompt_tokens: list[int]) -> list[LayerState]:
         profile = self.head_profile(geometry)
-        roles = self.assign(profile)
+        roles = self.roles.assign(profile)
         plans = [self.plan(geometry, roles, budget, n) for n in prompt_tokens]
         rule = DriftRule(
             self.window,
@@ -128,27 +115,51 @@ class HeteroCache(Method):
             self.visible_after,
         )
         return [
-            HeteroLayer([plan[layer] for plan in plans], rule, OffloadManager(self.offload.enabled))
+            HeteroLayer([plan[layer] for plan in plans], rule, self.offload.enabled)
             for layer in range(geometry.layers)
         ]
 
     def head_profile(self, geometry: Geometry) -> HeadProfile:
         """The profile of this model. Raises ValueError for a foreign one, or where there is none."""
-        return _resolve(self.profile, geometry)
-
-    def assign(self, profile: HeadProfile) -> Roles:
-        """Roles under the thresholds that were set, else under the profile's own."""
-        settings = self.roles
-        return profile.roles(settings.stable_threshold, settings.similarity_threshold, settings.graph)
+        return resolve_profile(self.profile, geometry)
 
     def threshold(self, roles: Roles) -> float:
         """Overlap below which a pivot has drifted: its own setting, else the threshold of stable heads."""
         return roles.stable_threshold if self.drift_threshold is None else self.drift_threshold
 
+    def usage(self, geometry: Geometry, budget: Budget, prompt_tokens: int, number_bytes: int) -> Usage:
+        roles = self.roles.assign(self.head_profile(geometry))
+        plans = self.plan(geometry, roles, budget, prompt_tokens)
+        slot = 2 * geometry.head_dim * number_bytes
+        kept = sum(sum(plan.counts) for plan in plans)
+        partial = [
+            plan.counts[head]
+            for plan in plans
+            for members in plan.watched(prompt_tokens).values()
+            for head in members
+        ]
+        waiting = len(partial) * prompt_tokens * slot
+        tables = sum(self._table_bytes(plan, geometry, prompt_tokens, number_bytes) for plan in plans)
+        return Usage(
+            device_bytes=kept * slot + tables + (0 if self.offload.enabled else waiting),
+            attended_tokens=kept / geometry.heads,
+            host_bytes=waiting if self.offload.enabled else 0,
+            # Every pivot drifting in every window, spread over the window's steps.
+            moved_bytes=sum(partial) * slot // self.steps if self.offload.enabled else 0,
+            parts={"full_heads": sum(n >= prompt_tokens for plan in plans for n in plan.counts)},
+        )
+
+    def _table_bytes(self, plan: LayerPlan, geometry: Geometry, prompt_tokens: int, number_bytes: int) -> int:
+        """A layer's tables: of satellites two int32 a kept token, of pivots a bool a token, and queries."""
+        watched = plan.watched(prompt_tokens)
+        rows = sum(plan.counts[head] for members in watched.values() for head in members)
+        queries = self.steps * geometry.group * geometry.head_dim * number_bytes
+        return 8 * rows + len(watched) * (prompt_tokens + queries)
+
     def minimum_tokens(self, geometry: Geometry, prompt_tokens: int) -> int:
         if self.roles.fit_budget:
             return 2
-        roles = self.assign(self.head_profile(geometry))
+        roles = self.roles.assign(self.head_profile(geometry))
         return max(2, smallest_tokens(roles, geometry, prompt_tokens))
 
     def shortage(self) -> str:
@@ -158,80 +169,26 @@ class HeteroCache(Method):
         )
 
     def notes(self, geometry: Geometry, budget: Budget, prompt_tokens: int) -> list[str]:
-        roles = self.assign(self.head_profile(geometry))
+        roles = self.roles.assign(self.head_profile(geometry))
         tokens = min(budget.tokens(prompt_tokens), prompt_tokens)
-        fitted, demoted = fit_roles(roles, tokens, geometry, prompt_tokens)
-        if not demoted:
-            return []
-        names = ", ".join(f"L{layer}H{head}" for layer, head in demoted)
-        kept = f"{fitted.full_heads} of {roles.full_heads} full heads stay full"
-        return [f"roles.fit_budget: {kept}; demoted to compressed: {names}"]
+        return self.roles.notes(roles, tokens, geometry, prompt_tokens)
 
     def plan(self, geometry: Geometry, roles: Roles, budget: Budget, prompt_tokens: int) -> list[LayerPlan]:
         """What each layer keeps of one prompt; the sum over heads is the budget exactly."""
         tokens = self.require(geometry, budget, prompt_tokens)
-        if tokens < prompt_tokens and self.roles.fit_budget:
-            roles, demoted = fit_roles(roles, tokens, geometry, prompt_tokens)
-            if demoted:
-                log.info("roles.fit_budget: %d full heads demoted for %d tokens", len(demoted), tokens)
+        roles = self.roles.fitted(roles, tokens, geometry, prompt_tokens)
         return role_plans(geometry, roles, tokens, prompt_tokens)
 
 
-@lru_cache(maxsize=16)
-def _resolve(profile: HeadProfile | str | None, geometry: Geometry) -> HeadProfile:
-    """Found, read and checked once for all prompts of a run."""
-    if profile is None:
-        return find_profile(geometry)
-    given = profile if isinstance(profile, HeadProfile) else load_profile(profile)
-    given.check(geometry)
-    return given
-
-
-def smallest_tokens(roles: Roles, geometry: Geometry, prompt_tokens: int) -> int:
-    """Average tokens per head from which the budget exceeds what the full heads keep by one head's prompt.
-
-    With F full heads that is (F + 1) / (L * H) of the prompt, the official rule int(rho * L * H) > F.
-    """
-    return min(prompt_tokens, math.ceil((roles.full_heads + 1) * prompt_tokens / geometry.heads))
-
-
-def fit_roles(roles: Roles, tokens: int, geometry: Geometry, prompt_tokens: int) -> tuple[Roles, list[Head]]:
-    """Demote full heads until `tokens` on average are feasible.
-
-    The most stable volatile heads go first, then the pivots with the fewest satellites.
-
-    Returns:
-        the roles that remain and the demoted heads, in order.
-    """
-    demoted: list[Head] = []
-    for head in _demotion_order(roles):
-        if tokens >= smallest_tokens(roles, geometry, prompt_tokens):
-            break
-        roles = roles.demote(*head)
-        demoted.append(head)
-    return roles, demoted
-
-
-def _demotion_order(roles: Roles) -> list[Head]:
-    """Full heads in the order in which they are given up; without scores, volatile heads go by position."""
-    heads = [(layer, head) for layer in range(roles.layers) for head in range(roles.kv_heads)]
-    volatile = [at for at in heads if roles.matrix[at[0]][at[1]] is Role.VOLATILE]
-    pivots = [at for at in heads if roles.matrix[at[0]][at[1]] is Role.PIVOT]
-    volatile.sort(key=lambda at: -roles.stability_of(*at))
-    return volatile + sorted(pivots, key=lambda at: len(roles.satellites(*at)))
-
-
 def role_plans(geometry: Geometry, roles: Roles, tokens: int, prompt_tokens: int) -> list[LayerPlan]:
-    """Split `tokens` on average over all heads: full heads keep all, the others by weight, none above n."""
-    heads = [(layer, head) for layer in range(geometry.layers) for head in range(geometry.kv_heads)]
-    weights = {at: weight for at in heads if (weight := roles.weights[at[0]][at[1]]) is not None}
-    left = tokens * geometry.heads - (len(heads) - len(weights)) * prompt_tokens
-    shares = water_fill(list(weights.values()), max(left, 0), prompt_tokens)
-    counts = dict.fromkeys(heads, prompt_tokens) | dict(zip(weights, shares, strict=True))
-    base = min(prompt_tokens, max(1, left // len(weights))) if weights else prompt_tokens
+    """What each layer keeps under these roles; a pivot's reference set has a compressed head's average."""
+    counts = role_counts(geometry, roles, tokens, prompt_tokens)
+    compressed = geometry.heads - roles.full_heads
+    left = compressed_tokens(geometry, roles, tokens, prompt_tokens)
+    base = min(prompt_tokens, max(1, left // compressed)) if compressed else prompt_tokens
     return [
         LayerPlan(
-            counts=[counts[layer, head] for head in range(geometry.kv_heads)],
+            counts=row,
             satellites={
                 pivot: list(members)
                 for pivot in range(geometry.kv_heads)
@@ -239,5 +196,5 @@ def role_plans(geometry: Geometry, roles: Roles, tokens: int, prompt_tokens: int
             },
             base=base,
         )
-        for layer in range(geometry.layers)
+        for layer, row in enumerate(counts)
     ]

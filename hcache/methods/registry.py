@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
+from dataclasses import fields
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,10 @@ def make(method: str | Method, **hyper: Any) -> Method:
             )
         return method
     cls = METHODS.get(method)
-    fields = cls.__dataclass_fields__
+    options = [field.name for field in fields(cls)]
     for key in hyper:
-        if key not in fields:
-            raise ValueError(unknown_name(f"option of method {method}", key, fields))
+        if key not in options:
+            raise ValueError(unknown_name(f"option of method {method}", key, options))
     return cls(**hyper)
 
 

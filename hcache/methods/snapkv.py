@@ -3,9 +3,11 @@
 Paper: SnapKV, NeurIPS 2024, arXiv 2404.14469 (section 4; Listing 1). Kept on the device: the window and, for
 each KV head, the best-voted earlier tokens. Lost for good: the rest of the prompt. Generated tokens all stay.
 
-Differences from the official code (FasterDecoding/SnapKV e216ddc), both named because they change bytes:
-scores are reduced over the GQA group before selecting, so KV is stored once per KV head and not repeated for
-every query head; the window counts inside the budget. Scores stay in float32.
+Differences from the official code (FasterDecoding/SnapKV e216ddc): votes are reduced over the GQA group
+before selecting, so KV is stored once per KV head and not repeated for every query head, which changes bytes;
+votes stay in float32, theirs are rounded to the model's dtype; kept tokens stay in text order. As theirs, the
+budget includes the window. The defaults are those that its models start with (the class alone has window 64,
+the LongBench runs have kernel 7 and max pooling).
 """
 
 from __future__ import annotations
@@ -15,16 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hcache.geometry import Geometry
-from hcache.methods.base import EvictionMethod
+from hcache.methods.eviction import EvictionMethod
 from hcache.methods.registry import register
 from hcache.scoring import Group, Pooling, check_kernel, pool, reduce_group, window_attention
 
 
-@register("snapkv")
 @dataclass(frozen=True)
-class SnapKV(EvictionMethod):
-    """Votes of the observation window, pooled over neighbours.
+class WindowMethod(EvictionMethod):
+    """Eviction methods in which an observation window at the prompt's end votes on what is before it.
 
     Args:
         window: last prompt tokens that vote and always stay.
@@ -39,12 +39,13 @@ class SnapKV(EvictionMethod):
     group: Group = Group.mean
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_kernel(self.kernel)
         if self.window < 1:
             raise ValueError(f"method.window={self.window} must be at least 1 token")
 
-    def minimum_tokens(self, geometry: Geometry, prompt_tokens: int) -> int:
-        return self.window + 1
+    def protected(self, tokens: int) -> int:
+        return self.window
 
     def shortage(self) -> str:
         return (
@@ -52,7 +53,15 @@ class SnapKV(EvictionMethod):
         )
 
     def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        votes = reduce_group(window_attention(q, k, self.window), self.group)
-        # The window's own columns are cut off before pooling, so they influence no earlier token.
-        prefix = pool(votes[:, : -self.window], self.kernel, self.pooling)
-        return torch.cat([prefix, torch.full_like(votes[:, -self.window :], torch.inf)], dim=1)
+        return self.smooth(reduce_group(window_attention(q, k, self.window), self.group))
+
+    def smooth(self, votes_Hn: Tensor) -> Tensor:
+        """Votes [H, n], pooled over neighbours; the window's own are cut off first and influence none."""
+        prefix = pool(votes_Hn[:, : -self.window], self.kernel, self.pooling)
+        return torch.cat([prefix, votes_Hn[:, -self.window :]], dim=1)
+
+
+@register("snapkv")
+@dataclass(frozen=True)
+class SnapKV(WindowMethod):
+    """Votes of the observation window, pooled over neighbours; fields as in WindowMethod."""

@@ -5,131 +5,208 @@ Kept on the device: the first `sinks` tokens and the latest ones, the same for a
 between. Each decode step appends a token, attends (sinks, window and itself), and evicts the oldest of the
 window.
 
-Difference from the official code (mit-han-lab/streaming-llm 2e50426): keys keep their original RoPE
-positions, as in every compression comparison; the prompt is prefilled densely and compressed afterwards.
+The official code (mit-han-lab/streaming-llm 2e50426) caches keys before rotation and gives them their place
+in the cache as position, and its perplexity runs feed the prompt itself token by token: that is `positions:
+rolling` with `prefill: streaming`. Compression papers, and the defaults here, keep the original positions and
+prefill densely, which is far stronger, since what stays has seen everything. The official chat demo evicts
+between turns only; here one token goes at every step.
+
+Rolling without rotating the cache: rotation is relative, and within the window places and positions differ by
+the same everywhere; only the sinks come closer. So the sinks alone are moved, to the distance they have in
+the cache. What the model sees is the same as with places as positions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from hcache.attention.backends import causal
 from hcache.budget import Budget
-from hcache.cache.state import Bytes, LayerState, StoreLayer, one_by_one
+from hcache.cache.state import Bytes, unpadded
 from hcache.geometry import Geometry
-from hcache.methods.base import Method
+from hcache.methods.base import Usage
+from hcache.methods.eviction import ConstantLayer, EvictionLayer, EvictionMethod, Plan
 from hcache.methods.registry import register
+from hcache.scoring import SCRATCH_NUMBERS
+
+BLOCK = 256
+"""Most prompt queries that attend side by side while streaming through a prompt."""
+
+ROW_BYTES = 8
+"""Of a sink's entry in the table of rows."""
+
+
+class Positions(Enum):
+    """Which positions kept tokens have: their own, or their place in the cache."""
+
+    original = "original"
+    rolling = "rolling"
+
+
+class Prefill(Enum):
+    """How the prompt is read: with full attention and cut afterwards, or as a stream from the start."""
+
+    dense = "dense"
+    streaming = "streaming"
 
 
 @register("streaming_llm")
 @dataclass(frozen=True)
-class StreamingLLM(Method):
+class StreamingLLM(EvictionMethod):
     """Sinks and recents; no scores.
 
     Args:
-        sinks: first prompt tokens that always stay.
+        sinks: first prompt tokens that always stay; the rest of the budget is the window.
+        positions: original, or rolling for texts longer than the model was trained for.
+        prefill: dense, or streaming as in the paper's perplexity runs.
     """
 
+    constant_size: ClassVar[bool] = True
+
     sinks: int = 4
+    positions: Positions = Positions.original
+    prefill: Prefill = Prefill.dense
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.sinks < 0:
             raise ValueError(f"method.sinks={self.sinks} must be 0 or more tokens")
+        if self.prefill is Prefill.streaming and self.allocation not in (None, "uniform"):
+            raise ValueError(
+                f"method.allocation={self.allocation!r} needs method.prefill=dense: a stream has one window"
+            )
+
+    @property
+    def needs_rope(self) -> bool:
+        return self.positions is Positions.rolling
+
+    def always_kept(self, tokens: int) -> int:
+        return self.sinks + 1
 
     def minimum_tokens(self, geometry: Geometry, prompt_tokens: int) -> int:
-        return self.sinks + 1
+        return max(self.sinks + 1, super().minimum_tokens(geometry, prompt_tokens))
 
     def shortage(self) -> str:
         return f": method.sinks={self.sinks} must be smaller than the budget; lower sinks or raise the budget"
 
-    def layers(self, geometry: Geometry, budget: Budget, prompt_tokens: list[int]) -> list[LayerState]:
-        for n in prompt_tokens:
-            self.require(geometry, budget, n)
-        capacities = [max(budget.tokens(n), self.sinks + 1) for n in prompt_tokens]
-        return [StreamingLayer(self.sinks, capacities) for _ in range(geometry.layers)]
+    def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        latest = torch.arange(k.shape[1], dtype=torch.float32, device=k.device)
+        latest[: self.sinks] = torch.inf
+        return latest.expand(k.shape[0], -1)
+
+    def slot_bytes(self, geometry: Geometry, number_bytes: int) -> int:
+        return super().slot_bytes(geometry, number_bytes) + ConstantLayer.PLACE_BYTES
+
+    def usage(self, geometry: Geometry, budget: Budget, prompt_tokens: int, number_bytes: int) -> Usage:
+        plan = super().usage(geometry, budget, prompt_tokens, number_bytes)
+        if not self.needs_rope:
+            return plan
+        # Sinks that roll are stored as they came in too, with the row that each of them is in.
+        sinks = self.sinks * geometry.heads * (geometry.head_dim * number_bytes + ROW_BYTES)
+        return replace(plan, device_bytes=plan.device_bytes + sinks)
+
+    def layer_state(self, layer: int, plans: list[Plan], earlier: list[EvictionLayer]) -> StreamingLayer:
+        return StreamingLayer(self, layer, plans, earlier)
 
 
-class StreamingLayer(StoreLayer):
-    """A store whose window is a ring: the newest token takes the slot of the oldest.
+class StreamingLayer(ConstantLayer):
+    """Evicts the oldest token behind the sinks, which never leave their slots.
 
-    A ring has one slot more than the window, so that a step attends to `capacity` earlier tokens and itself.
-
-    Args:
-        sinks: slots at the front that are never overwritten.
-        capacities: tokens each sequence may hold between steps.
+    Shapes: s sinks, D head dim, S = B*H segments.
     """
 
-    def __init__(self, sinks: int, capacities: list[int]) -> None:
-        super().__init__()
-        self._sinks = sinks
-        self._capacities = capacities
+    _method: StreamingLLM
 
-    def choose(self, q: Tensor, k: Tensor, v: Tensor, sequence: int) -> list[Tensor]:
-        tokens, capacity = k.shape[1], self._capacities[sequence]
-        kept = torch.arange(tokens, device=k.device)
-        if tokens > capacity:
-            kept = torch.cat([kept[: self._sinks], kept[tokens - (capacity - self._sinks) :]])
-        return [kept] * k.shape[0]
+    def attend_prompt(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        if self._method.prefill is Prefill.dense:
+            return causal(self.backend, q, k, v, valid)
+        out = torch.zeros_like(q)
+        for b, plan in enumerate(self._plans):
+            alone = [unpadded(x, valid, b) for x in (q, k, v)]
+            places = torch.arange(q.shape[2], device=q.device)
+            real = places if valid is None else places[valid[b]]
+            side_by_side = SCRATCH_NUMBERS // (q.shape[1] * min(real.numel(), plan.tokens + BLOCK))
+            start = 0
+            for now in real.split(max(1, min(BLOCK, side_by_side))):
+                stop = start + now.numel()
+                out[b, :, now] = self._stream(alone[0], alone[1], alone[2], start, stop, plan.tokens)
+                start = stop
+        return out
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
-        self.reserve_tokens = max(1, min(self.reserve_tokens, max(self._capacities) + 1))
-        super().prefill(q, k, v, valid)
-        self._heads = k.shape[1]
-        self._capacity = torch.tensor(self._capacities, device=k.device)
-        self._prompt = [int(kept[0].numel()) for kept in self._kept]
-        self._seen = torch.tensor(self._prompt, device=k.device)
-        self._fed = 0
+    def _stream(
+        self, q_HqnD: Tensor, k_HnD: Tensor, v_HnD: Tensor, start: int, stop: int, capacity: int
+    ) -> Tensor:
+        """What tokens start..stop see, each the sinks, the window before it and itself: [Hq, T, D]."""
+        sinks, window = min(self._method.sinks, stop), max(0, capacity - self._method.sinks)
+        rows = torch.arange(start, stop, device=k_HnD.device)
+        near = torch.arange(max(sinks, start - window), stop, device=rows.device)
+        seen = torch.cat([torch.arange(sinks, device=rows.device), near])
+        ages = rows.unsqueeze(1) - seen
+        hidden = (ages < 0) | ((seen >= sinks) & (ages > window))
+        queries = q_HqnD[:, start:stop]
+        scores = _logits(queries, k_HnD[:, seen])
+        if self._method.needs_rope:
+            # A query at place `capacity` of the cache, however late it comes, is that far from the sinks.
+            by = (rows.clamp_max(capacity) - rows).unsqueeze(0)
+            closer = self.rope.shift(queries.unsqueeze(0), by)[0]
+            scores[..., :sinks] = _logits(closer, k_HnD[:, :sinks])
+        weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+        values = v_HnD[:, seen].float()
+        out = weights.view(values.shape[0], -1, seen.numel()) @ values
+        return out.view(queries.shape).to(queries.dtype)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-        """Fixed shapes, no host synchronisation once the store has its final size."""
-        self._make_room()
-        real = None if valid is None else valid[:, 0]
-        ring = self._capacity + 1 - self._sinks
-        turn = self._sinks + (self._seen - self._sinks) % ring
-        slot = torch.where(self._seen <= self._capacity, self._seen, turn)
-        self._put(slot, k, v, real)
-        self._seen += 1 if real is None else real
-        limits = self.store.lengths.long().unsqueeze(1)
-        return self.backend.decode(q, self.store.ragged(), limits)
+    def finish(self) -> None:
+        super().finish()
+        # A head no larger than the sinks still needs one place for the newest token.
+        self._sinks_S = (self._capacity_S - 1).clamp(0, self._method.sinks)
+        if self._rolls:
+            tokens = [plan.prompt_tokens for plan in self._plans for _ in self._kept[0]]
+            self._seen_S = torch.tensor(tokens, device=self._count_S.device)
+            self._sinks_XD = self.store.keys[self._sink_rows()]
 
-    def extend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-        """Token by token: each evicts before the next one comes, exactly as in decoding."""
-        return one_by_one(self, q, k, v, valid)
+    @property
+    def _rolls(self) -> bool:
+        return self._method.needs_rope and self._method.sinks > 0
 
-    def _make_room(self) -> None:
-        """Room for one token more, until the ring has its full size; from then on nothing moves."""
-        self._fed += 1
-        self.store.grow(
-            [
-                min(prompt + self._fed, capacity + 1)
-                for prompt, capacity in zip(self._prompt, self._capacities, strict=True)
-                for _ in range(self._heads)
-            ]
-        )
+    def _sink_rows(self) -> Tensor:
+        return self.store.rows([self._method.sinks] * len(self._counts))
 
-    def _put(self, slot_B: Tensor, k: Tensor, v: Tensor, real_B: Tensor | None) -> None:
-        slot_S = slot_B.repeat_interleave(self._heads)
-        real_S = None if real_B is None else real_B.repeat_interleave(self._heads)
-        self.store.put(slot_S, k.flatten(0, 1)[:, 0], v.flatten(0, 1)[:, 0], real_S)
+    def _bring_sinks(self) -> None:
+        """Move the sinks of full heads to the distance from the newest token that they have in the cache."""
+        rows, sinks = self._sink_rows(), self._method.sinks
+        sink_Ss = torch.arange(sinks, device=rows.device) < self._sinks_S.unsqueeze(1)
+        # Until a head is full its sinks are where they were, and a short prompt's may still be coming.
+        fixed_Ss = sink_Ss & (self._count_S >= self._capacity_S).unsqueeze(1)
+        self._sinks_XD.copy_(torch.where(fixed_Ss.view(-1, 1), self._sinks_XD, self.store.keys[rows]))
+        by_Ss = (self._seen_S - self._count_S).unsqueeze(1) * sink_Ss
+        moved = self.rope.shift(self._sinks_XD.view(-1, 1, sinks, self._sinks_XD.shape[1]), by_Ss)
+        self.store.keys.index_copy_(0, rows, moved.flatten(0, 2))
 
-    def kept(self) -> list[list[Tensor]]:
-        seen = self._seen.tolist()
-        return [self._alive(b, seen[b]) for b in range(len(seen))]
+    def forget(self, victim_S: Tensor, full_S: Tensor, real_S: Tensor | None) -> None:
+        if self._rolls:
+            self._seen_S += 1 if real_S is None else real_S.long()
 
-    def _alive(self, b: int, seen: int) -> list[Tensor]:
-        """Prompt positions whose slot a step can still see: the ring drops them oldest first."""
-        positions, sinks = self._kept[b][0], self._sinks
-        # After `seen` tokens the next one overwrites what is older than the capacity.
-        gone = max(0, seen - self._capacities[b])
-        alive = torch.cat([positions[:sinks], positions[sinks:][gone:]])
-        return [alive] * self._heads
+    def attend(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        if self._rolls:
+            self._bring_sinks()
+        out = self.backend.decode(q, self.store.ragged(), self.store.lengths.long().unsqueeze(1))
+        return out, torch.minimum(self._count_S, self._sinks_S)
 
     def nbytes(self) -> Bytes:
-        """The oldest slot of a full ring waits to be overwritten: it is reserve, not payload."""
         total = super().nbytes()
-        stale = (self._seen > self._capacity).sum().item() * self._heads * self.store.token_bytes
-        total["device"]["payload"] -= int(stale)
-        total["device"]["reserved"] += int(stale)
+        total["device"]["metadata"] += self._sinks_S.nbytes
+        if self._rolls:
+            total["device"]["metadata"] += self._sinks_XD.nbytes + self._seen_S.nbytes
         return total
+
+
+def _logits(q_HqTD: Tensor, k_HmD: Tensor) -> Tensor:
+    """Scaled float32 logits [Hq, T, m]."""
+    heads, tokens, dim = k_HmD.shape
+    rows = q_HqTD.float().reshape(heads, -1, dim) * dim**-0.5
+    return (rows @ k_HmD.float().transpose(1, 2)).view(*q_HqTD.shape[:2], tokens)

@@ -1,6 +1,7 @@
 """The methods that the contract tests hold to account, each with settings that suit a tiny model.
 
-Add a line to `CASES` and a method is held to all of them.
+Add a line to `CASES` and a method is held to all of them; `python -m hcache.check_method` puts a user's own
+there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hcache import KVCache
+from hcache.contract.tiny_models import tiny_model
 from hcache.methods import Method, make
+from hcache.methods.streaming_llm import Positions, Prefill
 from hcache.models.identity import model_geometry
 from hcache.profiling import Graph, HeadProfile
 
@@ -22,16 +25,29 @@ class Case:
     """One method with settings.
 
     Args:
-        constant: evicts while decoding, so that the size stays.
+        method: registered name.
         hyper: hyper-parameters.
         profiled: needs a head profile.
+        unmasked: why no mask over the prompt gives the same output; empty where one does.
+        dense_follow_ups: several tokens at once attend to everything.
+        layers: of the tiny models; more where that is what makes the tests' budgets feasible.
+        grain: tokens on average that a budget may leave unspent: one where it is tokens, a chunk or page
+            where those are what is kept.
+        label: names the case where one method has several.
     """
 
     method: str
     hyper: dict[str, Any] = field(default_factory=dict)
-    constant: bool = False
     profiled: bool = False
+    unmasked: str = ""
+    dense_follow_ups: bool = False
+    layers: int = 2
+    grain: int = 1
     label: str = ""
+
+    def model(self, family: str = "llama", kv_heads: int = 4) -> PreTrainedModel:
+        """A tiny random decoder of a family in `tiny_models.FAMILIES`."""
+        return tiny_model(family, kv_heads, self.layers)
 
     def make(self, model: PreTrainedModel) -> Method:
         """The method, for this model."""
@@ -48,8 +64,34 @@ class Case:
 
 CASES = [
     Case("fullkv"),
-    Case("streaming_llm", constant=True),
+    Case("streaming_llm"),
+    Case(
+        "streaming_llm",
+        {"positions": Positions.rolling},
+        unmasked="sinks move along with the window",
+        label="streaming-rolling",
+    ),
+    Case("streaming_llm", {"prefill": Prefill.streaming}, label="streaming-stream"),
+    Case("h2o"),
     Case("snapkv", {"window": 4}),
+    Case("snapkv", {"window": 4, "allocation": "adaptive"}, label="snapkv-adaptive"),
+    Case("pyramidkv", {"window": 4}),
+    Case("cake", {"window": 4}),
+    Case("random", {"recent": 4}),
+    Case(
+        "quest",
+        {"page_size": 4},
+        unmasked="pages of generated tokens are left out too",
+        dense_follow_ups=True,
+        grain=4,
+    ),
+    Case(
+        "shadowkv",
+        {"chunk": 4, "rank": 8, "local_chunks": 1},
+        unmasked="keys are rebuilt from factors of a low rank",
+        grain=8,
+    ),
+    Case("omnikv", {"wait_layers": 0}, layers=4),
     Case("heterocache", profiled=True),
     Case("heterocache", {"drift_threshold": 1.0, "steps": 3}, profiled=True, label="heterocache-always"),
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,10 +11,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hcache import Generator, KVCache
 from hcache.attention.backends import BACKENDS
-from hcache.geometry import Geometry
-from tests.contract.cases import CASES, Case, profile_of
-from tests.reference.masked import attend_to
-from tests.tiny_models import FAMILIES, VOCABULARY, positions_of, prompts, tiny_model
+from hcache.attention.rope import Rope
+from hcache.cache.state import LayerState, StoreLayer
+from hcache.contract.cases import CASES, Case, profile_of
+from hcache.contract.masked import attend_to
+from hcache.contract.tiny_models import FAMILIES, VOCABULARY, positions_of, prompts, tiny_model
 
 STEPS = 64
 PROMPT = 40
@@ -48,7 +51,7 @@ def forced_logits(model: PreTrainedModel, cache: object, ids: Tensor, mask: Tens
 def test_a_budget_for_everything_equals_the_full_cache(
     case: Case, family: str, kv_heads: int, batch: int, padded: bool
 ) -> None:
-    model = tiny_model(family, kv_heads)
+    model = case.model(family, kv_heads)
     ids, mask = prompts(batch, PROMPT, padded)
     forced = torch.randint(3, VOCABULARY, (batch, STEPS), generator=torch.Generator().manual_seed(5))
     cache = case.cache(model, PROMPT + STEPS + 1)
@@ -63,7 +66,7 @@ def test_a_budget_for_everything_equals_the_full_cache(
 def test_greedy_tokens_equal_those_of_the_full_cache(
     case: Case, family: str, batch: int, padded: bool
 ) -> None:
-    model = tiny_model(family)
+    model = case.model(family, 2)
     ids, mask = prompts(batch, PROMPT, padded)
     options = {"attention_mask": mask, "max_new_tokens": STEPS, "do_sample": False}
     theirs = model.generate(ids, **options)
@@ -75,7 +78,7 @@ def test_greedy_tokens_equal_those_of_the_full_cache(
 
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
 def test_generate_and_generator_give_the_same_tokens_when_compressed(case: Case, padded: bool) -> None:
-    model = tiny_model("llama", 4)
+    model = case.model()
     ids, mask = prompts(3, 60, padded)
     theirs = model.generate(
         ids,
@@ -89,7 +92,7 @@ def test_generate_and_generator_give_the_same_tokens_when_compressed(case: Case,
 
 
 def test_a_sequence_is_the_same_alone_and_in_a_batch_and_after_another(case: Case) -> None:
-    model = tiny_model("llama", 4)
+    model = case.model()
     ids, mask = prompts(3, 60, padded=True)
     generator = Generator(model, case.make(model), 0.5)
     together = generator.generate(ids, mask, 24).tokens
@@ -100,7 +103,7 @@ def test_a_sequence_is_the_same_alone_and_in_a_batch_and_after_another(case: Cas
 
 def test_a_sequence_that_has_ended_counts_no_longer(case: Case) -> None:
     """Tokens, lengths and counters of a batch are those of its sequences alone, one of which ends early."""
-    model = tiny_model("llama", 4)
+    model = case.model()
     ids, mask = prompts(2, 60)
     generator = Generator(model, case.make(model), 0.5)
     free = generator.generate(ids, mask, 24).tokens
@@ -112,15 +115,15 @@ def test_a_sequence_that_has_ended_counts_no_longer(case: Case) -> None:
         assert together.counters[key] == sum(out.counters[key] for out in alone)
 
 
-def layer_states(case: Case, lengths: list[int], budget: float, heads: int = 4) -> list:
+def layer_states(case: Case, lengths: list[int], budget: float, heads: int = 4) -> list[LayerState]:
     """Fresh states of two layers for prompts of these lengths, reading with the reference backend."""
-    model = tiny_model("llama", heads)
+    model = case.model(kv_heads=heads)
     cache = case.cache(model, budget, backend="reference")
-    geometry = cache.geometry
-    assert isinstance(geometry, Geometry)
-    states = cache.method.layers(geometry, cache.budget, lengths)
+    states = cache.method.layers(cache.geometry, cache.budget, lengths)
     for state in states:
         state.backend = BACKENDS["reference"]
+        if cache.method.needs_rope:
+            state.rope = Rope.of(model)
     return states
 
 
@@ -131,38 +134,68 @@ def random_qkv(batch: int, tokens: int, heads: int, seed: int) -> tuple[Tensor, 
     return q, k, v
 
 
+class Run:
+    """States in the order in which a model calls them, and everything each layer has been fed."""
+
+    def __init__(self, case: Case, tokens: int, batch: int = 2, heads: int = 4) -> None:
+        self.states = layer_states(case, [tokens] * batch, 0.5, heads)
+        method = case.make(case.model(kv_heads=heads))
+        self.selects = method.selects
+        # Later on, methods of constant size evict generated tokens too, of which `kept` says nothing.
+        self.longest = 4 if method.constant_size else 12
+        self.batch, self.heads, self.steps = batch, heads, 0
+        self.fed = [random_qkv(batch, tokens, heads, seed=layer) for layer in range(len(self.states))]
+        for state, (q, k, v) in zip(self.states, self.fed, strict=True):
+            state.prefill(q, k, v, None)
+
+    def step(self) -> Iterator[tuple[LayerState, Tensor, Tensor, list[list[Tensor]]]]:
+        """One token through all layers: a layer, its query, its output, and what it attended to."""
+        self.steps += 1
+        for layer, state in enumerate(self.states):
+            q1, k1, v1 = random_qkv(self.batch, 1, self.heads, seed=100 * self.steps + layer)
+            before = state.kept()
+            out = state.step(q1, k1, v1, None)
+            _, k, v = self.fed[layer]
+            self.fed[layer] = (q1, torch.cat([k, k1], 2), torch.cat([v, v1], 2))
+            yield state, q1, out, state.kept() if self.selects else before
+
+
+def skip_unmasked(case: Case) -> None:
+    if case.unmasked:
+        pytest.skip(case.unmasked)
+
+
 @pytest.mark.parametrize("heads", [4, 2, 1])
 def test_output_is_attention_restricted_to_the_kept_set(case: Case, heads: int) -> None:
     """The kept set, by a mask in plain torch, gives the method's own output, step after step."""
-    n, batch, steps = 50, 2, 12
-    q, k, v = random_qkv(batch, n, heads, seed=1)
-    for state in layer_states(case, [n] * batch, 0.5, heads):
-        state.prefill(q, k, v, None)
-        keys, values = k, v
-        for t in range(steps):
-            before = state.kept()
-            q1, k1, v1 = random_qkv(batch, 1, heads, seed=100 + t)
-            out = state.step(q1, k1, v1, None)
-            keys, values = torch.cat([keys, k1], 2), torch.cat([values, v1], 2)
-            for b in range(batch):
+    skip_unmasked(case)
+    n = 50
+    run = Run(case, n, heads=heads)
+    for _ in range(run.longest):
+        for layer, (_, q1, out, kept) in enumerate(run.step()):
+            _, keys, values = run.fed[layer]
+            for b in range(run.batch):
                 visible = torch.zeros(heads, keys.shape[2], dtype=torch.bool)
                 visible[:, n:] = True
                 for h in range(heads):
-                    assert torch.equal(before[b][h], before[b][h].unique())
-                    visible[h, before[b][h]] = True
+                    assert torch.equal(kept[b][h], kept[b][h].unique())
+                    visible[h, kept[b][h]] = True
                 expected = attend_to(q1[b, :, 0], keys[b], values[b], visible)
                 torch.testing.assert_close(out[b, :, 0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_stored_keys_are_the_full_keys_at_the_kept_positions(case: Case) -> None:
+    skip_unmasked(case)
     n, heads = 50, 4
-    q, k, v = random_qkv(2, n, heads, seed=2)
-    for state in layer_states(case, [n, n], 0.5):
-        state.prefill(q, k, v, None)
-        for t in range(8):
-            kept = state.kept()
-            state.step(*random_qkv(2, 1, heads, seed=9 + t), None)
+    run = Run(case, n, heads=heads)
+    for _ in range(8):
+        for layer, (state, _, _, kept) in enumerate(run.step()):
+            assert isinstance(state, StoreLayer)
+            _, k, v = run.fed[layer]
             for s, positions in enumerate(h for sequence in kept for h in sequence):
+                if not run.selects:  # a token that this step has evicted is gone
+                    after = state.kept()[s // heads][s % heads]
+                    positions = positions[torch.isin(positions, after)]
                 length = int(state.store.lengths[s])
                 for stored, full in zip(state.store.read(s, length), (k, v), strict=True):
                     wanted = full.flatten(0, 1)[s, positions]
@@ -172,32 +205,29 @@ def test_stored_keys_are_the_full_keys_at_the_kept_positions(case: Case) -> None
 
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
 def test_a_follow_up_equals_the_same_tokens_one_by_one(case: Case, padded: bool) -> None:
-    n, heads, more = 50, 4, 9
-    q, k, v = random_qkv(2, n, heads, seed=4)
+    if case.dense_follow_ups:
+        pytest.skip("several tokens at once are dense by rule")
+    heads, more = 4, 9
     valid = torch.ones(2, more, dtype=torch.bool)
     if padded:
         valid[1, :3] = False  # pads in the middle of the whole sequence
         valid[0, 5] = False
-    block = layer_states(case, [n, n], 0.5)[0]
-    single = layer_states(case, [n, n], 0.5)[0]
-    for state in (block, single):
-        state.prefill(q, k, v, None)
-    q2, k2, v2 = random_qkv(2, more, heads, seed=6)
-    together = block.extend(q2, k2, v2, valid if padded else None)
-    apart = torch.cat(
-        [
-            single.step(*(x[:, :, t : t + 1] for x in (q2, k2, v2)), valid[:, t : t + 1] if padded else None)
-            for t in range(more)
-        ],
-        dim=2,
-    )
-    rows = valid[:, None, :, None].expand_as(together)
-    torch.testing.assert_close(together[rows], apart[rows], rtol=1e-4, atol=1e-5)
-    assert [[h.tolist() for h in s] for s in block.kept()] == [[h.tolist() for h in s] for s in single.kept()]
+    block, single = Run(case, 50, heads=heads).states, Run(case, 50, heads=heads).states
+    qkv = [random_qkv(2, more, heads, seed=6 + layer) for layer in range(len(block))]
+    together = [state.extend(*fed, valid if padded else None) for state, fed in zip(block, qkv, strict=True)]
+    apart: list[list[Tensor]] = [[] for _ in single]
+    for t in range(more):
+        for state, fed, outs in zip(single, qkv, apart, strict=True):
+            token = (x[:, :, t : t + 1] for x in fed)
+            outs.append(state.step(*token, valid[:, t : t + 1] if padded else None))
+    for a, b, outs, whole in zip(block, single, apart, together, strict=True):
+        rows = valid[:, None, :, None].expand_as(whole)
+        torch.testing.assert_close(whole[rows], torch.cat(outs, dim=2)[rows], rtol=1e-4, atol=1e-5)
+        assert [[h.tolist() for h in s] for s in a.kept()] == [[h.tolist() for h in s] for s in b.kept()]
 
 
 def test_a_follow_up_question_through_the_model_equals_the_full_cache(case: Case) -> None:
-    model = tiny_model("qwen3")
+    model = case.model("qwen3", 2)
     ids, mask = prompts(3, PROMPT, padded=True)
     more, more_mask = prompts(3, 12, padded=True, seed=8)
     more_mask[:, :] = 1
@@ -213,12 +243,12 @@ def test_a_follow_up_question_through_the_model_equals_the_full_cache(case: Case
 
 
 def test_profiles_of_the_cases_have_every_role() -> None:
-    counts = profile_of(tiny_model("llama", 4)).roles().counts
+    counts = profile_of(tiny_model(kv_heads=4)).roles().counts
     assert min(counts.values()) >= 1
 
 
 def test_two_caches_live_on_one_model(case: Case) -> None:
-    model = tiny_model("llama", 4)
+    model = case.model()
     ids, mask = prompts(1, 60)
     alone = [Generator(model, case.make(model), b).generate(ids, mask, 10).tokens for b in (0.5, 0.8)]
     caches: list[KVCache] = [case.cache(model, b) for b in (0.5, 0.8)]

@@ -1,0 +1,399 @@
+"""OmniKV: a few filter layers choose tokens at every step, the layers behind them attend to those alone.
+
+Paper: OmniKV, ICLR 2025 (dynamic context selection); official repository antgroup/OmniKV 5c33cb5. Nothing is
+lost for good.
+
+| layers | device | host | decoding |
+|---|---|---|---|
+| dense: those before the first filter, filters, `wait_layers` behind each | full | - | attend to everything |
+| filter | full | - | dense, and selects k prompt tokens for the sparse layers up to the next filter |
+| sparse | k selected, all generated | full prompt | loads the k rows anew at every step, then attends |
+
+One index set a sequence: the same for all heads and all sparse layers between two filters. With `last` there
+are no sinks and no window of recent prompt tokens; only its score keeps a token. The budget is charged with
+the dense layers: k = floor((tokens * L - D * n) / (L - D)) with D of L layers dense, rounded down because one
+k serves all sparse layers, so that fewer than L - D tokens a KV head stay unspent.
+
+Differences from the official code, which runs one sequence and one turn: any batch, each sequence with its
+own k; each token of a follow-up selects for itself; the window selectors score with the queries as they were,
+not turned to the current position, and never exceed k; scores are float32 and softmaxes are compared as
+logarithms, which don't vanish; queries come from the layer instead of being projected again.
+
+Shapes: B batch, T tokens of this call, Hq query heads, H KV heads, G = Hq/H, D head dim, S = B*H segments, C
+chunks of CHUNK slots, W latest queries, n longest prompt, k largest selection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hcache.attention.backends import CHUNK, to_segments
+from hcache.budget import Budget
+from hcache.cache.offload import HostRows
+from hcache.cache.state import Bytes, LayerState, StoreLayer, add_bytes, storage_bytes, unpadded
+from hcache.geometry import Geometry
+from hcache.methods.base import Method, Usage
+from hcache.methods.heterocache import OffloadSettings
+from hcache.methods.registry import register
+
+EXAMPLE_LAYERS, EXAMPLE_FILTERS, EXAMPLE_WAIT = 32, (2, 8, 18), 1
+"""The official example configuration, for Llama-3-8B."""
+
+SHALLOW_LAYERS = 16
+"""Below this depth the example would make a third of the layers dense, or more."""
+
+SCRATCH_NUMBERS = 2**22
+"""float32 numbers of keys, and of logits, that scoring holds at once: 16 MiB each."""
+
+
+class Selector(Enum):
+    """What a prompt token is worth. Every one takes the maximum over all query heads.
+
+    last: logit of the current query.
+    softmax_before_last: its attention among the prompt's tokens.
+    uniform: that of the last `window` queries, summed.
+    exp: the same, a query counting half of the one after it.
+    """
+
+    last = "last"
+    uniform = "uniform"
+    exp = "exp"
+    softmax_before_last = "softmax_before_last"
+
+    @property
+    def windowed(self) -> bool:
+        """Looks at more queries than the current one."""
+        return self in (Selector.uniform, Selector.exp)
+
+
+@register("omnikv")
+@dataclass(frozen=True)
+class OmniKV(Method):
+    """Filter layers select for the sparse layers behind them.
+
+    Args:
+        filter_layers: layers that select, ascending; None scales the official example to the model's depth,
+            or is layer 0 in models of fewer than 16 layers.
+        wait_layers: dense layers right behind each filter, during which the official code loads; None is 1,
+            or 0 in models of fewer than 16 layers.
+        selector: see Selector.
+        window: queries that `uniform` and `exp` look at; prompt tokens among them are always selected.
+        offload: where the prompts of sparse layers wait.
+    """
+
+    selects: ClassVar[bool] = True
+
+    filter_layers: tuple[int, ...] | None = None
+    wait_layers: int | None = None
+    selector: Selector = Selector.last
+    window: int = 16
+    offload: OffloadSettings = field(default_factory=OffloadSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.filter_layers is not None:
+            object.__setattr__(self, "filter_layers", tuple(self.filter_layers))
+            rises = all(a < b for a, b in pairwise(self.filter_layers))
+            if not self.filter_layers or self.filter_layers[0] < 0 or not rises:
+                raise ValueError(
+                    f"method.filter_layers={list(self.filter_layers)} must name one or more layers, "
+                    "ascending from 0; null takes the default for the model's depth"
+                )
+        if self.wait_layers is not None and self.wait_layers < 0:
+            raise ValueError(f"method.wait_layers={self.wait_layers} must be 0 or more layers, or null")
+        if self.window < 1:
+            raise ValueError(f"method.window={self.window} must be at least 1 query")
+
+    def layers(self, geometry: Geometry, budget: Budget, prompt_tokens: list[int]) -> list[LayerState]:
+        counts = [self.selected_tokens(geometry, budget, n) for n in prompt_tokens]
+        sources = self.sources(geometry.layers)
+        filters = {
+            layer: FilterLayer(self.selector, self.window, counts) for layer in sources if layer is not None
+        }
+        return [
+            filters.get(layer, StoreLayer())
+            if source is None
+            else SparseLayer(filters[source], counts, self.offload.enabled)
+            for layer, source in enumerate(sources)
+        ]
+
+    def sources(self, layers: int) -> list[int | None]:
+        """For each layer the filter layer whose selection it reads; None for dense layers.
+
+        Raises:
+            ValueError: a filter layer that the model doesn't have.
+        """
+        shallow = layers < SHALLOW_LAYERS
+        default = (0,) if shallow else [round(f * layers / EXAMPLE_LAYERS) for f in EXAMPLE_FILTERS]
+        filters = default if self.filter_layers is None else self.filter_layers
+        if filters[-1] >= layers:
+            raise ValueError(
+                f"method.filter_layers={list(filters)} must be below {layers}, the layers of this model; "
+                "null takes the default for its depth"
+            )
+        wait = self.wait_layers
+        if wait is None:
+            wait = 0 if shallow else EXAMPLE_WAIT
+        latest = [max((f for f in filters if f <= layer), default=None) for layer in range(layers)]
+        return [None if f is None or layer - f <= wait else f for layer, f in enumerate(latest)]
+
+    def selected_tokens(self, geometry: Geometry, budget: Budget, prompt_tokens: int) -> int:
+        """k: what the dense layers leave of the budget, evenly over the sparse ones."""
+        tokens = self.require(geometry, budget, prompt_tokens)
+        dense = self.sources(geometry.layers).count(None)
+        if dense == geometry.layers:
+            return prompt_tokens
+        return (tokens * geometry.layers - dense * prompt_tokens) // (geometry.layers - dense)
+
+    def minimum_tokens(self, geometry: Geometry, prompt_tokens: int) -> int:
+        """The prompt in dense layers and one token in sparse ones, beside the window where there is one."""
+        dense = self.sources(geometry.layers).count(None)
+        least = min(1 + self.window * self.selector.windowed, prompt_tokens)
+        total = dense * prompt_tokens + (geometry.layers - dense) * least
+        return max(2, -(-total // geometry.layers))
+
+    def shortage(self) -> str:
+        window = f", and method.window={self.window} tokens more" if self.selector.windowed else ""
+        return (
+            f": its dense layers keep the whole prompt{window}; raise the budget, or make fewer layers dense "
+            "with method.filter_layers and method.wait_layers"
+        )
+
+    def usage(self, geometry: Geometry, budget: Budget, prompt_tokens: int, number_bytes: int) -> Usage:
+        selected = self.selected_tokens(geometry, budget, prompt_tokens)
+        sources = self.sources(geometry.layers)
+        dense = sources.count(None)
+        sparse = geometry.layers - dense
+        token = 2 * geometry.kv_heads * geometry.head_dim * number_bytes
+        waiting = sparse * prompt_tokens * token
+        window = self.window if self.selector.windowed else 1
+        queries = window * geometry.query_heads * geometry.head_dim * number_bytes
+        # Where each loaded row goes (int64), and for each filter its selection (int32) and queries.
+        tables = 8 * sparse * geometry.kv_heads * selected
+        tables += len(set(sources) - {None}) * (4 * selected + queries)
+        kept = dense * prompt_tokens + sparse * selected
+        return Usage(
+            device_bytes=kept * token + tables + (0 if self.offload.enabled else waiting),
+            attended_tokens=kept / geometry.layers,
+            host_bytes=waiting if self.offload.enabled else 0,
+            moved_bytes=sparse * selected * token if self.offload.enabled else 0,
+            parts={"selected": selected, "dense_layers": dense},
+        )
+
+    def notes(self, geometry: Geometry, budget: Budget, prompt_tokens: int) -> list[str]:
+        if self.offload.enabled or None not in self.sources(geometry.layers):
+            return []
+        return ["offload.enabled=false: sparse layers hold their prompts on the device, beyond the budget"]
+
+
+class FilterLayer(StoreLayer):
+    """A dense layer whose latest queries select prompt tokens for the sparse layers behind it.
+
+    Args:
+        selector, window: as in OmniKV.
+        counts: tokens to select, one number a sequence; more than the window if the selector has one, or the
+            whole prompt.
+
+    Attributes:
+        selected_TBk: int32, the sorted positions that each token of the latest call selected (T = 1 after the
+            prompt). In a sequence with a smaller count than others only the first so many mean something.
+    """
+
+    def __init__(self, selector: Selector, window: int, counts: list[int]) -> None:
+        super().__init__()
+        self._selector, self._counts = selector, counts
+        self._window = window if selector.windowed else 1
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
+        super().prefill(q, k, v, valid)
+        lengths = [kept[0].numel() for kept in self._kept]
+        self._longest, self._heads = max(lengths), k.shape[1]
+        self._prompt_B1 = torch.tensor(lengths, device=k.device).unsqueeze(1)
+        self._counts_B1 = torch.tensor(self._counts, device=k.device).unsqueeze(1)
+        self._fed_B1 = torch.zeros_like(self._prompt_B1)
+        self._recent_BHqWD = _latest(q, valid, self._window)
+        self._live: Tensor | None = None
+        if len(set(self._counts)) > 1:
+            slots_BHk = torch.arange(max(self._counts)).expand(len(lengths), self._heads, -1)
+            live_BHk = slots_BHk < torch.tensor(self._counts).view(-1, 1, 1)
+            self._live = live_BHk.flatten().nonzero().squeeze(1).to(k.device)
+        self.selected_TBk = self._pick().unsqueeze(0)
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        """Attend to everything, and select once for each token: the sparse layers go through them."""
+        chosen = [self.selected_TBk[-1]]
+        for t in range(q.shape[2]):
+            now = slice(t, t + 1)
+            real = None if valid is None else valid[:, now]
+            self._observe(q[:, :, now], real)
+            fresh = self._pick()
+            chosen.append(fresh if real is None else torch.where(real, fresh, chosen[-1]))
+        self.selected_TBk = torch.stack(chosen[1:])
+        return super().extend(q, k, v, valid)
+
+    def positions(self, sequence: int) -> Tensor:
+        """The latest selection of a sequence: sorted prompt positions."""
+        return self.selected_TBk[-1, sequence, : self._counts[sequence]].long()
+
+    def in_slots(self, x_BHk: Tensor) -> Tensor:
+        """One number a selected token, flat in the order of RaggedStore.rows."""
+        return x_BHk.flatten() if self._live is None else x_BHk.flatten()[self._live]
+
+    def _observe(self, q_BHq1D: Tensor, valid_B1: Tensor | None) -> None:
+        """Take the queries of one token more."""
+        recent = torch.cat([self._recent_BHqWD[:, :, 1:], q_BHq1D], dim=2)
+        if valid_B1 is not None:
+            recent = torch.where(valid_B1[:, :, None, None], recent, self._recent_BHqWD)
+        self._recent_BHqWD.copy_(recent)
+        self._fed_B1 += 1 if valid_B1 is None else valid_B1
+
+    def _pick(self) -> Tensor:
+        """The best positions of each sequence, ascending: [B, k] int32."""
+        best_Bk = self._scores().sort(descending=True, stable=True).indices[:, : max(self._counts)]
+        if self._live is not None:
+            slots = torch.arange(best_Bk.shape[1], device=best_Bk.device)
+            best_Bk = best_Bk.masked_fill(slots >= self._counts_B1, self._longest)
+        return best_Bk.sort().values.int()
+
+    def _scores(self) -> Tensor:
+        """What each prompt token is worth now [B, n]: +inf where it must stay, -inf behind the prompt."""
+        candidates_B1 = self._prompt_B1
+        if self._selector.windowed:
+            candidates_B1 = candidates_B1 - (self._window - self._fed_B1).clamp_min(0)
+        best_BWn = self._best(candidates_B1.repeat_interleave(self._heads, dim=0))
+        scores_Bn = best_BWn[:, 0]
+        if self._selector.windowed:
+            weight_W = torch.ones(self._window, device=best_BWn.device)
+            if self._selector is Selector.exp:
+                weight_W = 0.5 ** torch.arange(self._window - 1, -1, -1, device=best_BWn.device)
+            scores_Bn = (weight_W.unsqueeze(1) * best_BWn.exp()).sum(1)
+        column = torch.arange(self._longest, device=scores_Bn.device)
+        forced = scores_Bn.masked_fill(column >= candidates_B1, torch.inf)
+        return forced.masked_fill(column >= self._prompt_B1, -torch.inf)
+
+    def _best(self, limits_S1: Tensor) -> Tensor:
+        """Maximum over query heads [B, W, n] of the latest queries' logits, or of logarithms of softmaxes."""
+        ragged = self.store.ragged()
+        width = max(b - a for a, b in pairwise([*ragged.offsets, ragged.keys.shape[0]])) // CHUNK
+        tile_C = ragged.start // CHUNK
+        totals_SR = None
+        if self._selector is not Selector.last:
+            totals_SR = self._log_totals(limits_S1, ragged.owner * width + tile_C, width)
+        tile_C = ragged.owner // self._heads * width + tile_C
+        shape = (self._prompt_B1.shape[0], width, self._window, CHUNK)
+        best = torch.full(shape, -torch.inf, device=tile_C.device).flatten(0, 1)
+        for now, logits_CRN in self._logits(limits_S1):
+            if totals_SR is not None:
+                logits_CRN -= totals_SR[ragged.owner[now]].unsqueeze(-1)
+            heads_best = logits_CRN.unflatten(1, (-1, self._window)).amax(1)
+            index = tile_C[now].view(-1, 1, 1).expand_as(heads_best)
+            best.scatter_reduce_(0, index, heads_best, "amax")
+        return best.view(shape).transpose(1, 2).flatten(2)[..., : self._longest]
+
+    def _log_totals(self, limits_S1: Tensor, tile_C: Tensor, width: int) -> Tensor:
+        """Logarithm of each softmax's denominator [S, R]. One place a chunk, so that sums have one order."""
+        parts_CR = torch.cat([logits_CRN.logsumexp(-1) for _, logits_CRN in self._logits(limits_S1)])
+        segments = limits_S1.shape[0]
+        tiles = torch.full((segments * width, parts_CR.shape[1]), -torch.inf, device=parts_CR.device)
+        return tiles.index_copy_(0, tile_C, parts_CR).unflatten(0, (segments, width)).logsumexp(1)
+
+    def _logits(self, limits_S1: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Float32 logits [C, R = G*W, CHUNK] of the latest queries, -inf beyond a segment's limit.
+
+        As many chunks at a time as the scratch allows.
+        """
+        ragged, dim = self.store.ragged(), self._recent_BHqWD.shape[-1]
+        rows_SRD = to_segments(self._recent_BHqWD, limits_S1.shape[0]).float() * dim**-0.5
+        keys_CND = ragged.keys.view(-1, CHUNK, dim)
+        block = max(1, SCRATCH_NUMBERS // (CHUNK * max(dim, rows_SRD.shape[1])))
+        within = torch.arange(CHUNK, device=keys_CND.device)
+        for first in range(0, keys_CND.shape[0], block):
+            now = slice(first, first + block)
+            owner = ragged.owner[now]
+            logits_CRN = torch.bmm(rows_SRD[owner], keys_CND[now].float().transpose(1, 2))
+            hidden_CN = ragged.start[now].unsqueeze(1) + within >= limits_S1[owner]
+            yield now, logits_CRN.masked_fill_(hidden_CN.unsqueeze(1), -torch.inf)
+
+    def nbytes(self) -> Bytes:
+        total = super().nbytes()
+        tables = [self._prompt_B1, self._counts_B1, self._fed_B1, self._recent_BHqWD, self.selected_TBk]
+        tables += [] if self._live is None else [self._live]
+        total["device"]["metadata"] += storage_bytes(*tables)
+        return total
+
+
+class SparseLayer(StoreLayer):
+    """Holds what a filter layer selected and every later token; its whole prompt waits outside.
+
+    Args:
+        source: the filter layer; its call for the same tokens comes first.
+        counts: selected tokens, one number a sequence.
+        offload: the prompt waits in host memory; False keeps it on the device.
+    """
+
+    def __init__(self, source: FilterLayer, counts: list[int], offload: bool) -> None:
+        super().__init__()
+        self._source, self._counts, self._offload = source, counts, offload
+
+    def choose(self, q: Tensor, k: Tensor, v: Tensor, sequence: int) -> list[Tensor]:
+        return [self._source.positions(sequence)] * k.shape[0]
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
+        batch, heads = k.shape[:2]
+        lengths = [k.shape[2]] * batch if valid is None else valid.sum(1).tolist()
+        self._prompt = HostRows([n for n in lengths for _ in range(heads)], like=k, enabled=self._offload)
+        for b in range(batch):
+            k_HnD, v_HnD = unpadded(k, valid, b), unpadded(v, valid, b)
+            for h in range(heads):
+                self._prompt.write(b * heads + h, k_HnD[h], v_HnD[h])
+        super().prefill(q, k, v, valid)
+        self._kept.clear()  # the source has the record, which changes with every token
+        self._slots = [count for count in self._counts for _ in range(heads)]
+        self.store.rows(self._slots)
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        """Token by token: each attends to a selection of its own."""
+        outs = []
+        for t in range(q.shape[2]):
+            now = slice(t, t + 1)
+            real = None if valid is None else valid[:, now]
+            self._load(self._source.selected_TBk[t], real)
+            outs.append(super().extend(q[:, :, now], k[:, :, now], v[:, :, now], real))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+    def _load(self, selected_Bk: Tensor, valid_B1: Tensor | None) -> None:
+        """Bring the selected rows of every head into the first slots of its segment."""
+        rows_BHk = self._prompt.first.view(selected_Bk.shape[0], -1, 1) + selected_Bk.unsqueeze(1)
+        wanted = None
+        if valid_B1 is not None:
+            wanted = self._source.in_slots(valid_B1.unsqueeze(1).expand_as(rows_BHk))
+        rows = self._source.in_slots(rows_BHk)
+        self._prompt.load(rows, self.store, self.store.rows(self._slots), wanted)
+
+    def kept(self) -> list[list[Tensor]]:
+        positions = [self._source.positions(b).cpu() for b in range(len(self._counts))]
+        return [[index] * (len(self._slots) // len(positions)) for index in positions]
+
+    def nbytes(self) -> Bytes:
+        return add_bytes(super().nbytes(), self._prompt.nbytes())
+
+    def counters(self) -> dict[str, float]:
+        return {"host_to_device_bytes": self._prompt.moved_bytes}
+
+
+def _latest(q_BHqTD: Tensor, valid: Tensor | None, window: int) -> Tensor:
+    """The last `window` queries of each sequence [B, Hq, W, D], zeros before its first."""
+    rows = []
+    for b, q_HqTD in enumerate(q_BHqTD):
+        last = slice(-window, None) if valid is None else valid[b].nonzero().squeeze(1)[-window:]
+        q_HqwD = q_HqTD[:, last]
+        rows.append(F.pad(q_HqwD, (0, 0, window - q_HqwD.shape[1], 0)))
+    return torch.stack(rows)
