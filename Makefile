@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The release that tests were last run with; `make TORCH=torch test` takes the newest.
 TORCH ?= torch==2.13.0
 
-.PHONY: help run test check format clean
+.PHONY: help run methods test check format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -18,8 +18,13 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet '$(TORCH)' --editable '.[dev,analysis]'
 	touch $@
 
-run: $(VENV)/.installed ## compression methods side by side on the embedded model (CPU, no network)
+run: $(VENV)/.installed ## ten methods side by side on the embedded model (CPU, no network)
 	$(BIN)/python run.py -m experiment=first_run
+
+methods: $(VENV)/.installed ## every method at four budgets: docs/methods.png, docs/results.md (hours on a CPU, minutes on a GPU)
+	$(BIN)/python run.py -m experiment=methods
+	$(BIN)/python -m analysis.figure pareto outputs/methods --out docs/methods.png
+	$(BIN)/python -m analysis.table outputs/methods --out docs/results.md
 
 test: $(VENV)/.installed ## the whole test suite (CPU, no network)
 	$(BIN)/python -m pytest

@@ -9,7 +9,6 @@ out.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from analysis.cells import completed, read
 from hcache.metrics import Comparison, paired_bootstrap
 from hcache.records import setting
 
@@ -40,16 +40,11 @@ class Finished:
 
 def finished(directory: Path) -> Iterator[Finished]:
     """The completed cells below a directory, in the order of their paths."""
-    for path in sorted(directory.rglob("result.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if result.get("status") != "completed":
-            print(f"left out: {path.parent} is {result.get('status')}", file=sys.stderr)
-            continue
+    for cell in completed(read([directory])):
         scores: dict[str, dict[str, float]] = {}
-        for line in (path.parent / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            scores.setdefault(record["task"], {})[record["id"]] = record["score"]
-        yield Finished(result["cell"], setting(result["config"]), scores)
+        for line in cell.lines():
+            scores.setdefault(line["task"], {})[line["id"]] = line["score"]
+        yield Finished(cell.result["cell"], setting(cell.result["config"]), scores)
 
 
 def differences(ours: Finished, other: Finished, seed: int = 0) -> dict[str, tuple[int, Comparison]]:
