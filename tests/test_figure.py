@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from analysis.cells import by_label, read
-from analysis.figure import STYLES, main, pareto, points, styles
+from analysis.figure import main, pareto, points
+from analysis.styles import STYLES, styles
 from hcache.records import read_result, write_result
 from tests.test_analysis_table import leave
 
