@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hcache.attention.function import cache_argument
 from hcache.budget import Budget
 from hcache.kv_cache import KVCache
 from hcache.methods import Method, make
@@ -142,6 +143,7 @@ class _Run:
         self._model, self._device, self._cache = generator.model, generator.device, cache
         self._ends = [(token,) for token in end_tokens(generator.model)] + [tuple(s) for s in stop if s]
         self._limit = limit
+        self._argument = cache_argument(generator.model)
         self._prefill_ms = 0.0
         self._decode_ms: list[float] = []
         self._counters: dict[str, float] = {}
@@ -201,9 +203,9 @@ class _Run:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._argument: self._cache},
         )
         return output.logits[:, -1]
 

@@ -1,4 +1,5 @@
-"""KVCache: any transformers decoder with any compression method, through `past_key_values`.
+"""KVCache: any transformers decoder with any compression method, through `past_key_values` (from transformers
+5.24 on also called `cache`).
 
 It is a transformers Cache, so `model(ids, past_key_values=cache)` and `model.generate(ids,
 past_key_values=cache)` both work. Model classes stay untouched: while a forward of this model carries this
@@ -225,8 +226,8 @@ class _Switch:
 
     def _carries(self, kwargs: dict[str, Any] | None) -> KVCache | None:
         cache = self._cache()
-        carried = None if kwargs is None else kwargs.get("past_key_values")
-        return cache if cache is not None and carried is cache else None
+        carried = [] if kwargs is None else [kwargs.get("cache"), kwargs.get("past_key_values")]
+        return cache if cache is not None and any(one is cache for one in carried) else None
 
     def _on(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         cache = self._carries(kwargs)

@@ -6,6 +6,7 @@ bound to its attention module by the cache's `update` just before.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +58,14 @@ def attend(
     else:
         out = state.extend(query, key, value, attention_mask)
     return out.transpose(1, 2).contiguous(), None
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a transformers model calls the argument that takes a cache: `cache` from 5.24 on, for the models
+    that have been moved to it, `past_key_values` before.
+    """
+    names = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def bind(module: nn.Module, state: LayerState, is_prompt: bool) -> None:

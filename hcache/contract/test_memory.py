@@ -165,10 +165,10 @@ def test_prefill_lets_go_of_a_layer_before_the_next_one_starts(
     seen: list[StorageWeakRef] = []
     original = KVCache.update
 
-    def update(self: KVCache, keys: torch.Tensor, values: torch.Tensor, *rest: Any) -> Any:
+    def update(self: KVCache, keys: torch.Tensor, values: torch.Tensor, *rest: Any, **named: Any) -> Any:
         assert all(storage.expired() for storage in seen)
         seen.extend(StorageWeakRef(x.untyped_storage()) for x in (keys, values))
-        return original(self, keys, values, *rest)
+        return original(self, keys, values, *rest, **named)
 
     monkeypatch.setattr(KVCache, "update", update)
     cache = filled(case, 0.45, padded)

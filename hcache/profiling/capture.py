@@ -25,6 +25,7 @@ from transformers import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hcache.attention.function import cache_argument
 from hcache.geometry import Geometry
 from hcache.models.identity import config_geometry, fingerprint
 from hcache.profiling.overlap import OverlapStatistics
@@ -182,7 +183,8 @@ def _run_text(model: PreTrainedModel, text_n: Tensor, decode_steps: int, recorde
     cache = DynamicCache()
     tokens = text_n[None].to(model.device)
     for _ in range(decode_steps + 1):
-        logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        call = {cache_argument(model): cache, "use_cache": True, "logits_to_keep": 1}
+        logits = model(input_ids=tokens, **call).logits
         recorder.end_step()
         tokens = logits[:, -1:].argmax(-1)
 
