@@ -178,9 +178,9 @@ def test_a_model_that_ignores_the_attention_interface_is_refused() -> None:
     model = copy.deepcopy(tiny_model())
     ids, _ = prompts(1, 20)
 
-    def own_attention(hidden_states, position_embeddings=None, past_key_values=None, **_):
+    def own_attention(hidden_states, position_embeddings=None, past_key_values=None, cache=None, **_):
         keys = torch.zeros(1, 2, hidden_states.shape[1], 16)
-        past_key_values.update(keys, keys, 0)
+        (past_key_values if cache is None else cache).update(keys, keys, 0)
         return hidden_states, None
 
     model.model.layers[0].self_attn.forward = own_attention
