@@ -77,6 +77,10 @@ def water_fill(weights: list[float], total: int, cap: int) -> list[int]:
     return round_to_sum(water_levels(weights, total, cap), total, [cap] * len(weights))
 
 
+_SMALLEST_LOG = -700.0
+"""Of a weight over the largest: further down it would be 0, and shares no longer in proportion."""
+
+
 class Division(ABC):
     """One prompt's budget, divided while its layers come in, first to last."""
 
@@ -200,7 +204,7 @@ class Pyramid(Allocation):
 
     def _sizes(self, layers: int, base: int, room: int, prompt_tokens: int) -> list[int]:
         """Tokens of each layer besides the protected ones."""
-        if layers == 1 or prompt_tokens < 2 * base:
+        if layers == 1 or base <= 0 or prompt_tokens < 2 * base:
             return [base] * layers
         last = base // self.beta
         first = 2 * base - last
@@ -284,7 +288,9 @@ class Cascade(Division):
         self._logs.append(self._settings.preference(q, k))
         total = self._base * self._geometry.layers
         peak = max((log for log in self._logs if math.isfinite(log)), default=0.0)
-        weights = [math.exp(log - peak) if math.isfinite(log) else 0.0 for log in self._logs]
+        weights = [
+            math.exp(max(log - peak, _SMALLEST_LOG)) if math.isfinite(log) else 0.0 for log in self._logs
+        ]
         levels = water_levels(weights, total, self._room)
         caps = [*self._shares, self._room]
         if layer + 1 == self._geometry.layers:

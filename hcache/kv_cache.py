@@ -128,6 +128,10 @@ class KVCache(Cache):
             return
         _refuse_chunked_prefill()
         counts = [tokens] * batch if mask is None else mask[:, -tokens:].bool().sum(1).tolist()
+        if not all(counts):
+            raise ValueError(
+                f"attention_mask leaves sequence {counts.index(0)} of the batch without a token; leave it out"
+            )
         states = self.method.layers(self.geometry, self.budget, counts)
         for state in states:
             state.backend, state.reserve_tokens = self._backend, self._reserve

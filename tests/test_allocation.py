@@ -541,3 +541,17 @@ def test_wrong_allocations_are_refused_with_a_hint(given: Any, said: str) -> Non
 def test_wrong_allocations_on_the_command_line_are_refused_with_a_hint(typed: str) -> None:
     with pytest.raises(ConfigError, match="did you mean"):
         compose("method=snapkv", f"method.allocation={typed}")
+
+
+@pytest.mark.parametrize("name", ["snapkv", "random", "h2o"])
+def test_a_head_with_less_than_is_protected_keeps_the_latest(name: str) -> None:
+    """Full heads leave the others fewer tokens than the window: what goes is the window's beginning."""
+    model = tiny_model(kv_heads=4)
+    hyper = {"snapkv": {"window": 32}, "random": {"sinks": 0, "recent": 32}, "h2o": {}}[name]
+    allocation = {"name": "roles", "profile": profile_of(model)}
+    cache = KVCache(model, make(name, **hyper, allocation=allocation), 40)
+    with torch.inference_mode():
+        model(random_ids(1, 100)[0], past_key_values=cache)
+    for head in (head for layer in range(2) for head in cache.kept(layer)[0]):
+        last = min(len(head), 20)
+        assert head[-last:].tolist() == list(range(100 - last, 100))

@@ -187,3 +187,10 @@ def test_a_model_that_ignores_the_attention_interface_is_refused() -> None:
     with torch.inference_mode(), pytest.raises(ValueError, match="did not attend through"):
         model(ids, past_key_values=KVCache(model, "fullkv"))
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_sequence_without_a_token_is_refused() -> None:
+    (ids, mask), model = prompts(2, 20), tiny_model()
+    mask[1] = 0
+    with pytest.raises(ValueError, match="leaves sequence 1 of the batch without a token"):
+        model(ids, attention_mask=mask, past_key_values=KVCache(model, "snapkv", 1.0))

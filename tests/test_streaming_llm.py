@@ -378,3 +378,13 @@ def test_sinks_must_leave_room() -> None:
 def test_a_stream_has_one_window() -> None:
     with pytest.raises(ValueError, match="method.allocation='pyramid' needs method.prefill=dense"):
         StreamingLLM(prefill=Prefill.streaming, allocation="pyramid")
+
+
+@pytest.mark.parametrize(("sinks", "n"), [(100, 10), (70, 20)])
+def test_more_sinks_than_a_short_prompt_has_slots_roll_too(sinks: int, n: int) -> None:
+    model = tiny_model("llama", 2)
+    ids, _ = random_ids(2, n)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(ids, **options)
+    cache = KVCache(model, "streaming_llm", 200, sinks=sinks, positions="rolling", reserve_tokens=1)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)

@@ -69,7 +69,8 @@ class LayerState(ABC):
     def step(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """Append one token and attend. T is 1. Returns [B, Hq, 1, D].
 
-        Shapes are fixed and nothing waits for the device, so that steps can be captured as a graph.
+        Shapes are fixed and nothing waits for the device, so that steps can be captured. Where there are
+        several kinds of step (room to be made, a window that ends) the host knows which by counting.
         """
 
     @abstractmethod

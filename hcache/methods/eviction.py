@@ -181,11 +181,11 @@ class EvictionLayer(StoreLayer):
             self._scores.append([])
             return super().choose(q, k, v, sequence)
         scores = self._method.score_layer(self._layer, q, k, v).float()
-        ranked = _with_protected(scores, plan.protected)
         counts = [tokens] * k.shape[0]
         if plan.capacity is None:
+            ranked = _with_protected(scores, plan.protected)
             counts = plan.division.counts(self._layer, ranked, q, k)
-        kept = [top_positions(row, count) for row, count in zip(ranked, counts, strict=True)]
+        kept = [_best(row, count, plan.protected) for row, count in zip(scores, counts, strict=True)]
         remembered = self.keeps_scores or not self._last
         self._scores.append([row[at] for row, at in zip(scores, kept, strict=True)] if remembered else [])
         return kept
@@ -209,9 +209,8 @@ class EvictionLayer(StoreLayer):
         plan, device = self._plans[b], self.store.keys.device
         if not plan.division.cascades:
             return [torch.arange(len(index), device=device) for index in self._kept[b]]
-        ranked = [_with_protected(row, plan.protected) for row in self._scores[b]]
         counts = plan.division.revised(self._layer)
-        return [top_positions(row, count) for row, count in zip(ranked, counts, strict=True)]
+        return [_best(row, n, plan.protected) for row, n in zip(self._scores[b], counts, strict=True)]
 
     def finish(self) -> None:
         """The whole prompt has been divided: nothing of it is cut any more."""
@@ -231,8 +230,13 @@ class ConstantLayer(EvictionLayer):
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         self._future = self.reserve_tokens
         spare = [1 if p.capacity is None else p.capacity + 1 for p in self._plans]
-        self.reserve_tokens = max(1, min(self.reserve_tokens, max(spare)))
+        self.reserve_tokens = max(self.least_spare, min(self.reserve_tokens, max(spare)))
         super().prefill(q, k, v, valid)
+
+    @property
+    def least_spare(self) -> int:
+        """Slots behind the prompt that every head has, however few tokens are expected."""
+        return 1
 
     def finish(self) -> None:
         """Make the tables that steps work on, with room for all tokens that are expected."""
@@ -343,6 +347,17 @@ class ConstantLayer(EvictionLayer):
         total["device"]["reserved"] += stale
         total["device"]["metadata"] += sum(table.nbytes for table in tables)
         return total
+
+
+def _best(scores_n: Tensor, count: int, protected: int) -> Tensor:
+    """The `count` places to keep, ascending: the last `protected` of them, then the best before those.
+
+    A head that may keep fewer than are protected keeps the latest.
+    """
+    places = scores_n.numel()
+    sure = min(protected, count, places)
+    best = top_positions(scores_n[: max(0, places - protected)], count - sure)
+    return torch.cat([best, torch.arange(places - sure, places, device=best.device)])
 
 
 def _with_protected(scores: Tensor, protected: int) -> Tensor:

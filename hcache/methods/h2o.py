@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hcache.budget import Budget
+from hcache.budget import Budget, InfeasibleBudget
 from hcache.cache.state import Bytes
 from hcache.geometry import Geometry
 from hcache.methods.eviction import ConstantLayer, EvictionLayer, EvictionMethod, Plan
@@ -68,6 +68,10 @@ class H2O(EvictionMethod):
 
     def require(self, geometry: Geometry, budget: Budget, prompt_tokens: int) -> int:
         asked = budget.tokens(prompt_tokens)
+        fixed = sum(value for value in (self.heavy, self.recent) if isinstance(value, int))
+        if fixed > asked:
+            message = f"method.h2o can't keep {asked} tokens{self.shortage()}"
+            raise InfeasibleBudget(message, fixed, max(fixed, prompt_tokens))
         if self.heavy is not None and self.recent is not None:
             together = _part(self.heavy, asked) + _part(self.recent, asked)
             if together not in (asked, asked - 1):  # shares are rounded down

@@ -25,6 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hcache.allocation import Uniform
 from hcache.attention.backends import causal
 from hcache.budget import Budget
 from hcache.cache.state import Bytes, unpadded
@@ -76,7 +77,7 @@ class StreamingLLM(EvictionMethod):
         super().__post_init__()
         if self.sinks < 0:
             raise ValueError(f"method.sinks={self.sinks} must be 0 or more tokens")
-        if self.prefill is Prefill.streaming and self.allocation not in (None, "uniform"):
+        if self.prefill is Prefill.streaming and not isinstance(self.split, Uniform):
             raise ValueError(
                 f"method.allocation={self.allocation!r} needs method.prefill=dense: a stream has one window"
             )
@@ -168,6 +169,11 @@ class StreamingLayer(ConstantLayer):
             tokens = [plan.prompt_tokens for plan in self._plans for _ in self._kept[0]]
             self._seen_S = torch.tensor(tokens, device=self._count_S.device)
             self._sinks_XD = self.store.keys[self._sink_rows()]
+
+    @property
+    def least_spare(self) -> int:
+        """Rolling looks at so many slots of every head, a short prompt's too."""
+        return max(1, self._method.sinks if self._rolls else 0)
 
     @property
     def _rolls(self) -> bool:
