@@ -16,10 +16,10 @@ from hcache.methods import make
 from hcache.methods.cake import Cake, CakeLayer
 from hcache.scoring import Group, Pooling
 from tests.operations import Operations
+from tests.padding import Qkv, left_padded
 
 DIM, HEADS, LAYERS = 16, 2, 4
 EMBEDDED = Geometry(layers=6, query_heads=8, kv_heads=4, head_dim=32)
-Qkv = tuple[Tensor, Tensor, Tensor]
 
 
 def geometry(share: int = 2, layers: int = LAYERS) -> Geometry:
@@ -37,19 +37,6 @@ def prompt_of(tokens: int, layer: int, share: int = 2) -> Qkv:
     """A layer's prompt; layers attend more and less sharply, so that their preferences differ."""
     q, k, v = random_qkv(1, tokens, 10 * tokens + layer, share, sharpness=0.4 + 0.6 * (layer * 3 % LAYERS))
     return q[0], k[0], v[0]
-
-
-def left_padded(prompts: list[Qkv]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A batch of prompts with pads of NaN on the left, and its mask."""
-    longest = max(k.shape[1] for _, k, _ in prompts)
-    valid = torch.stack([torch.arange(longest) >= longest - k.shape[1] for _, k, _ in prompts])
-    parts = []
-    for part in range(3):
-        batch = torch.full((len(prompts), prompts[0][part].shape[0], longest, DIM), torch.nan)
-        for b, prompt in enumerate(prompts):
-            batch[b, :, valid[b]] = prompt[part]
-        parts.append(batch)
-    return parts[0], parts[1], parts[2], valid
 
 
 def states_of(shape: Geometry, budget: float | int, lengths: list[int], **hyper: Any) -> list[CakeLayer]:

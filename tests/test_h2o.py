@@ -15,10 +15,10 @@ from hcache.contract.masked import attend_to, causal_attention
 from hcache.methods.h2o import H2O, H2OLayer
 from hcache.scoring import column_sums
 from tests.operations import Operations
+from tests.padding import Qkv, left_padded
 
 DIM, HEADS = 16, 2
 EMBEDDED = Geometry(layers=1, query_heads=8, kv_heads=4, head_dim=32)
-Qkv = tuple[Tensor, Tensor, Tensor]
 
 
 def random_qkv(batch: int, tokens: int, seed: int, share: int = 2) -> Qkv:
@@ -31,19 +31,6 @@ def random_qkv(batch: int, tokens: int, seed: int, share: int = 2) -> Qkv:
 def prompt_of(tokens: int, share: int = 2) -> Qkv:
     q, k, v = random_qkv(1, tokens, seed=tokens, share=share)
     return q[0], k[0], v[0]
-
-
-def left_padded(prompts: list[Qkv]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A batch of prompts with pads of NaN on the left, and its mask."""
-    longest = max(k.shape[1] for _, k, _ in prompts)
-    valid = torch.stack([torch.arange(longest) >= longest - k.shape[1] for _, k, _ in prompts])
-    parts = []
-    for part in range(3):
-        batch = torch.full((len(prompts), prompts[0][part].shape[0], longest, DIM), torch.nan)
-        for b, prompt in enumerate(prompts):
-            batch[b, :, valid[b]] = prompt[part]
-        parts.append(batch)
-    return parts[0], parts[1], parts[2], valid
 
 
 def layer_of(

@@ -17,10 +17,10 @@ from hcache.contract.tiny_models import tiny_model
 from hcache.methods import quest
 from hcache.methods.quest import Quest, QuestGroup, QuestLayer, page_bounds
 from tests.operations import Operations
+from tests.padding import Qkv, left_padded
 
 DIM, HEADS, SHARE, PAGE = 16, 2, 2, 8
 GROUPS = list(QuestGroup)
-Qkv = tuple[Tensor, Tensor, Tensor]
 
 
 def geometry(layers: int = 1, heads: int = HEADS, share: int = SHARE, dim: int = DIM) -> Geometry:
@@ -109,19 +109,6 @@ class Sequence:
         share = self.q.shape[0] // self.k.shape[0]
         heads = [set().union(*self.pages[h : h + share]) for h in range(0, len(self.pages), share)]
         return [[t for t in range(self.prompt) if t // self.page in head] for head in heads]
-
-
-def left_padded(prompts: list[Qkv]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A batch of prompts with pads of NaN on the left, and its mask."""
-    longest = max(k.shape[1] for _, k, _ in prompts)
-    valid = torch.stack([torch.arange(longest) >= longest - k.shape[1] for _, k, _ in prompts])
-    parts = []
-    for part in range(3):
-        batch = torch.full((len(prompts), prompts[0][part].shape[0], longest, DIM), torch.nan)
-        for b, prompt in enumerate(prompts):
-            batch[b, :, valid[b]] = prompt[part]
-        parts.append(batch)
-    return parts[0], parts[1], parts[2], valid
 
 
 def prompt_of(tokens: int, share: int = SHARE) -> Qkv:

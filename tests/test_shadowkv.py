@@ -20,12 +20,12 @@ from hcache.methods.chunks import ChunkPlan, ShadowLayer, summarise
 from hcache.methods.heterocache import OffloadSettings
 from hcache.methods.shadowkv import ShadowKV
 from tests.operations import Operations
+from tests.padding import Qkv, left_padded
 
 DIM, HEADS, SIZE = 16, 2, 4
 WIDTH = HEADS * DIM
 EMBEDDED = Geometry(layers=6, query_heads=8, kv_heads=4, head_dim=32)
 """Shape of the embedded model."""
-Qkv = tuple[Tensor, Tensor, Tensor]
 
 
 def rope_of(dim: int = DIM, device: str = "cpu") -> Rope:
@@ -56,19 +56,6 @@ def token_at(step: int, batch: int = 1, share: int = 2, loud: float = 2.0) -> Qk
     q = loud * torch.randn(batch, HEADS * share, 1, DIM, generator=generator)
     k, v = torch.randn(2, batch, HEADS, 1, DIM, generator=generator)
     return q, k, v
-
-
-def left_padded(batch: list[Qkv]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A batch of prompts with pads of NaN on the left, and its mask."""
-    longest = max(k.shape[1] for _, k, _ in batch)
-    valid = torch.stack([torch.arange(longest) >= longest - k.shape[1] for _, k, _ in batch])
-    parts = []
-    for part in range(3):
-        padded = torch.full((len(batch), batch[0][part].shape[0], longest, DIM), torch.nan)
-        for b, prompt in enumerate(batch):
-            padded[b, :, valid[b]] = prompt[part]
-        parts.append(padded)
-    return parts[0], parts[1], parts[2], valid
 
 
 def layer_of(plans: list[ChunkPlan], size: int = SIZE, reserve: int = 64, **options: Any) -> ShadowLayer:

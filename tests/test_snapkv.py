@@ -19,12 +19,12 @@ from hcache.contract.masked import attend_to, causal_attention
 from hcache.methods import make
 from hcache.methods.eviction import EvictionLayer
 from hcache.scoring import Group, Pooling
+from tests.padding import Qkv, left_padded
 
 DIM, HEADS = 16, 2
 SHARES = pytest.mark.parametrize("share", [1, 2, 4])
 POOL = {Pooling.avg: lambda near, kernel: sum(near) / kernel, Pooling.max: lambda near, kernel: max(near)}
 JOIN = {Group.mean: mean, Group.max: max, Group.sum: sum}
-Qkv = tuple[Tensor, Tensor, Tensor]
 
 
 def geometry(share: int = 2, layers: int = 1) -> Geometry:
@@ -37,19 +37,6 @@ def prompt_of(tokens: int, share: int = 2, seed: int = 0) -> Qkv:
     q = 2 * torch.randn(HEADS * share, tokens, DIM, generator=generator)
     k, v = torch.randn(2, HEADS, tokens, DIM, generator=generator)
     return q, k, v
-
-
-def left_padded(prompts: list[Qkv]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A batch of prompts with pads of NaN on the left, and its mask."""
-    longest = max(k.shape[1] for _, k, _ in prompts)
-    valid = torch.stack([torch.arange(longest) >= longest - k.shape[1] for _, k, _ in prompts])
-    parts = []
-    for part in range(3):
-        batch = torch.full((len(prompts), prompts[0][part].shape[0], longest, DIM), torch.nan)
-        for b, prompt in enumerate(prompts):
-            batch[b, :, valid[b]] = prompt[part]
-        parts.append(batch)
-    return parts[0], parts[1], parts[2], valid
 
 
 def states_of(name: str, prompts: list[list[Qkv]], budget: float | int, **hyper: Any) -> list[EvictionLayer]:

@@ -19,10 +19,10 @@ from hcache.contract.tiny_models import tiny_model
 from hcache.methods import streaming_llm
 from hcache.methods.streaming_llm import Positions, Prefill, StreamingLayer, StreamingLLM
 from tests.operations import Operations
+from tests.padding import Qkv, left_padded
 
 DIM, HEADS = 16, 2
 EMBEDDED = Geometry(layers=1, query_heads=8, kv_heads=4, head_dim=32)
-Qkv = tuple[Tensor, Tensor, Tensor]
 
 
 @cache
@@ -53,19 +53,6 @@ def at_positions(text: Qkv, start: int, stop: int) -> Qkv:
     q, k, v = (x[:, start:stop] for x in text)
     positions = list(range(start, stop))
     return rotate(q, positions), rotate(k, positions), v
-
-
-def left_padded(prompts: list[Qkv]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A batch of prompts with pads of NaN on the left, and its mask."""
-    longest = max(k.shape[1] for _, k, _ in prompts)
-    valid = torch.stack([torch.arange(longest) >= longest - k.shape[1] for _, k, _ in prompts])
-    parts = []
-    for part in range(3):
-        batch = torch.full((len(prompts), prompts[0][part].shape[0], longest, DIM), torch.nan)
-        for b, prompt in enumerate(prompts):
-            batch[b, :, valid[b]] = prompt[part]
-        parts.append(batch)
-    return parts[0], parts[1], parts[2], valid
 
 
 def layers_of(
