@@ -343,7 +343,7 @@ def tokens_of_both(k: Tensor, where: list[list[int]], padded: bool) -> tuple:
     return rows, *torch.zeros(2, 2, 4, 1, DIM), torch.ones(2, 1, dtype=torch.bool) if padded else None
 
 
-@pytest.mark.parametrize("visible_after", [1, 3])
+@pytest.mark.parametrize("visible_after", [1, 3, 5])
 def test_a_sequence_that_skips_tokens_decides_as_if_it_were_alone(visible_after: int) -> None:
     """Windows count a sequence's own tokens: pads in a batch move nothing."""
     method = make("heterocache", profile=PIVOT_AND_SATELLITE, visible_after=visible_after)
@@ -352,7 +352,8 @@ def test_a_sequence_that_skips_tokens_decides_as_if_it_were_alone(visible_after:
     for state, batch in zip(states, (2, 1), strict=True):
         state.backend = BACKENDS["reference"]
         state.prefill(*(x.repeat(batch, 1, 1, 1) for x in (q, k, v)), None)
-    looks = [EARLY, LATE, LATE, LATE, LATE, EARLY, EARLY, EARLY, EARLY, LATE, LATE, EARLY]
+    middle = [25, 26, 27]
+    looks = [EARLY, LATE, LATE, LATE, middle, EARLY, EARLY, EARLY, EARLY, LATE, LATE, EARLY]
     for t in range(2 * len(looks)):
         row = query(k, looks[t // 2]).expand(1, 8, 1, DIM)
         token = (row.repeat(2, 1, 1, 1), *torch.zeros(2, 2, 4, 1, DIM))
@@ -362,6 +363,7 @@ def test_a_sequence_that_skips_tokens_decides_as_if_it_were_alone(visible_after:
             torch.testing.assert_close(out[1], alone[0], rtol=1e-5, atol=1e-6)
         for ours, theirs in zip(states[0].kept()[1], states[1].kept()[0], strict=True):
             assert torch.equal(ours, theirs)
+    assert states[0].counters()["windows"] == 24 // 5 + 12 // 5
 
 
 @pytest.mark.parametrize("field", ["window", "steps", "visible_after"])
