@@ -148,6 +148,7 @@ def by_label(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
             f"{path}={value[:8] if path in ('content', 'source') else value}"
             for path, value in sorted(options.items())
             if any(other.get(path) != value for other in same)
+            and not (path in ("content", "source") and value == "None")
         ]
         groups.setdefault(f"{cell.method} ({', '.join(shown)})" if shown else cell.method, []).append(cell)
     return groups

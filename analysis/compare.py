@@ -78,12 +78,16 @@ def table(cells: Sequence[Finished], method: str) -> Table:
         shown.add_column(header, no_wrap=True)
     for mine in ours:
         for other in cells:
-            equal = other.cell["budget"] in (mine.cell["budget"], "full")
+            equal = "full" in (mine.cell["budget"], other.cell["budget"]) or (
+                other.cell["budget"] == mine.cell["budget"]
+            )
             if equal and other.setting == mine.setting and other.cell["method"] != method:
                 for task, (n, result) in differences(mine, other).items():
                     low, high = result.ci
                     gap = f"{result.difference:+.1f} [{low:+.1f}, {high:+.1f}]"
                     shown.add_row(mine.label, other.label, task, str(n), gap, f"{result.p_value:.2g}")
+    if not shown.row_count:
+        raise ValueError(f"--against {method}: no other cell ran with the same model, benchmark and budget")
     return shown
 
 

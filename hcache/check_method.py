@@ -5,6 +5,8 @@
     python -m hcache.check_method ./mine.py -- -k padded -x  what follows two dashes goes to pytest
     python -m hcache.check_method snapkv window=4            a method that is registered already
 
+A test that can't hold by your method's own rules is left out with `-- --deselect` or `-- -k "not ..."`.
+
 The tests are those that the project's own methods are held to (hcache/contract): with a budget for everything
 the output is the full cache's, whatever the model family, batch and padding; `kept()` explains the output;
 bytes are those planned and are freed; a sequence gives the same alone and in a batch. Needs pytest.
@@ -19,6 +21,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -26,8 +29,8 @@ import yaml
 from hcache.budget import Budget, InfeasibleBudget
 from hcache.methods import METHODS, load_file, make
 
-SMALLEST = 0.43, 45
-"""Least fraction, and the prompt's length, under which the tests run a method."""
+TESTED = (0.5, 50), (0.43, 700)
+"""Fractions and lengths of prompts under which the tests run a method."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,21 +87,23 @@ def case_of(name: str, hyper: dict[str, Any]) -> Any:
     Raises:
         ValueError: unknown settings, or none of the tests' budgets is feasible.
     """
-    from hcache.contract.cases import Case, profile_of  # imports the models of the tests
+    from hcache.contract import cases as contract  # imports the models of the tests
+    from hcache.contract.cases import Case, profile_of
     from hcache.models.identity import model_geometry
 
     profiled = "profile" in METHODS.get(name).__dataclass_fields__
-    case = Case(name, hyper, profiled=profiled)
+    ours = [case for case in contract.CASES if case.method == name]
+    case = replace(ours[0], hyper={**ours[0].hyper, **hyper}) if ours else Case(name, hyper, profiled)
     model = case.model()
-    method = make(name, **hyper, **({"profile": profile_of(model)} if profiled else {}))
-    fraction, tokens = SMALLEST
-    try:
-        method.layers(model_geometry(model), Budget(kept_fraction=fraction), [tokens])
-    except InfeasibleBudget as error:
-        raise ValueError(
-            f"{error}. The checks use prompts of about {tokens} tokens: give settings that suit them, for "
-            f"example `python -m hcache.check_method ... window=4`"
-        ) from error
+    method = make(name, **case.hyper, **({"profile": profile_of(model)} if profiled else {}))
+    for fraction, tokens in TESTED:
+        try:
+            method.layers(model_geometry(model), Budget(kept_fraction=fraction), [tokens])
+        except InfeasibleBudget as error:
+            raise ValueError(
+                f"{error}. The checks use a budget of {fraction} on prompts of {tokens} tokens: give "
+                "settings that suit them as name=value, a small window for example"
+            ) from error
     return case
 
 

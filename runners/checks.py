@@ -8,6 +8,7 @@ from contextlib import suppress
 from hcache import records
 from hcache.budget import InfeasibleBudget
 from hcache.geometry import Geometry
+from hcache.methods import EvictionMethod
 from hcache.models import ModelSpec, check_path
 from hcache.registry import unknown_name
 from runners import RUNNERS
@@ -59,8 +60,8 @@ def _check_names(run: RunConfig) -> None:
 def _check_window(run: RunConfig) -> None:
     """A window that a method always keeps must leave room in a budget of tokens."""
     tokens = budget_of(run).kept_tokens
-    window = getattr(run.method, "window", None)
-    if run.method.uses_budget and tokens is not None and window is not None and window >= tokens:
+    window = getattr(run.method, "window", None) if isinstance(run.method, EvictionMethod) else None
+    if tokens is not None and window is not None and window >= tokens:
         raise ConfigError(
             f"method.window={window} must be smaller than the budget of {tokens} tokens; "
             "lower window or raise the budget"

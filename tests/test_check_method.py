@@ -85,7 +85,7 @@ class Broken(Norms):
         (["./nowhere.py"], "not a Python file"),
         (["snapkv", "windwo=4"], "did you mean 'window'?"),
         (["snapkv", "window"], "write name=value"),
-        (["snapkv"], "give settings that suit them"),
+        (["snapkv", "window=40"], "give settings that suit them"),
     ],
 )
 def test_what_cannot_be_checked_is_said(
@@ -98,3 +98,10 @@ def test_what_cannot_be_checked_is_said(
 def test_a_file_without_a_method_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check_method.main([written(tmp_path, "x = 1\n")]) == 2
     assert "registers no method" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["quest", "omnikv", "shadowkv"])
+def test_registered_methods_have_the_settings_of_their_own_case(method: str) -> None:
+    case = check_method.case_of(method, {})
+    assert case.hyper
+    assert str(case) == method

@@ -450,3 +450,18 @@ def test_prefill_takes_little_more_than_what_it_keeps(selector: Selector) -> Non
             state.prefill(q, k, v, None)
         kept = sum(sum(side.values()) for side in state.nbytes().values())
         assert kept <= operations.peak_bytes <= kept + 64 * 2**20
+
+
+def test_a_step_writes_its_selection_in_place() -> None:
+    """A captured step reads and writes the buffers it was captured with."""
+    shape = geometry(3)
+    states = states_of(shape, 45, [61], selector=Selector.last)
+    for state, qkv in zip(states, random_qkv(shape, 1, 61, seed=3), strict=True):
+        state.backend = BACKENDS["sdpa"]
+        state.prefill(*qkv, None)
+    (filter_layer,) = (state for state in states if isinstance(state, FilterLayer))
+    before = filter_layer.selected_TBk.data_ptr()
+    for t in range(3):
+        for state, qkv in zip(states, random_qkv(shape, 1, 1, seed=9 + t), strict=True):
+            state.step(*qkv, None)
+    assert filter_layer.selected_TBk.data_ptr() == before

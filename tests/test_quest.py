@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hcache import Budget, Generator, Geometry, InfeasibleBudget
+from hcache import Budget, Generator, Geometry, InfeasibleBudget, KVCache
 from hcache.attention.backends import BACKENDS, CHUNK
 from hcache.cache.state import LayerState, StoreLayer
 from hcache.contract.masked import attend_to
@@ -485,3 +485,16 @@ def test_a_model_generates_with_it_and_all_is_as_full_with_every_page() -> None:
     assert not torch.equal(part.tokens, expected)
     assert 0.3 < part.counters["attended_fraction"] <= 0.5
     assert quest.Quest.name == "quest"
+
+
+@pytest.mark.parametrize("more", [10, 70, 130])
+def test_a_question_longer_than_the_room_sees_itself(more: int) -> None:
+    """The store moves while the question comes in."""
+    model = tiny_model("llama", 2)
+    ids, _ = random_ids(2, 60 + more)
+    full, ours = (KVCache(model, name, 1000) for name in ("fullkv", "quest"))
+    with torch.inference_mode():
+        for cache in (full, ours):
+            model(ids[:, :60], past_key_values=cache)
+        expected, out = (model(ids[:, 60:], past_key_values=cache).logits for cache in (full, ours))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)

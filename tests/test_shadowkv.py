@@ -473,7 +473,7 @@ def test_prompts_too_short_are_kept_whole_and_notes_say_so() -> None:
     model, method = tiny_model("llama", 4), ShadowKV()
     shape = Geometry(2, 4, 4, 16)
     (note,) = method.notes(shape, Budget(kept_tokens=100), 39)
-    assert note == "prompts of 39 tokens are too short for chunks of 8: kept whole"
+    assert note == "prompts of 39 tokens are too short to save anything on: kept whole"
     assert method.notes(shape, Budget(kept_tokens=100), 400) == []
     (note,) = ShadowKV(offload=OffloadSettings(False)).notes(shape, Budget(kept_tokens=100), 400)
     assert "beyond the budget" in note

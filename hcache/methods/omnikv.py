@@ -48,7 +48,7 @@ EXAMPLE_LAYERS, EXAMPLE_FILTERS, EXAMPLE_WAIT = 32, (2, 8, 18), 1
 """The official example configuration, for Llama-3-8B."""
 
 SHALLOW_LAYERS = 16
-"""Below this depth the example would make a third of the layers dense, or more."""
+"""Below this depth the defaults take a single filter: a quarter of the cache is feasible then."""
 
 SCRATCH_NUMBERS = 2**22
 """float32 numbers of keys, and of logits, that scoring holds at once: 16 MiB each."""
@@ -236,7 +236,11 @@ class FilterLayer(StoreLayer):
             self._observe(q[:, :, now], real)
             fresh = self._pick()
             chosen.append(fresh if real is None else torch.where(real, fresh, chosen[-1]))
-        self.selected_TBk = torch.stack(chosen[1:])
+        selected_TBk = torch.stack(chosen[1:])
+        if selected_TBk.shape == self.selected_TBk.shape:
+            self.selected_TBk.copy_(selected_TBk)  # in place, as a captured step needs it
+        else:
+            self.selected_TBk = selected_TBk
         return super().extend(q, k, v, valid)
 
     def positions(self, sequence: int) -> Tensor:

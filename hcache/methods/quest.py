@@ -104,7 +104,8 @@ class Quest(Method):
         self.require(geometry, budget, prompt_tokens)
         tokens = budget.tokens(prompt_tokens)
         if tokens >= prompt_tokens:
-            # Rounded up: a budget for everything leaves nothing out, whatever the length of the last page.
+            # Rounded up: a budget for the prompt leaves nothing of it out, whatever the length of its last
+            # page. Pages of generated tokens compete within the budget.
             return max(1, -(-tokens // self.page_size))
         if self.charge_skipped:
             dense = self.dense_layers(geometry)
@@ -198,7 +199,8 @@ class QuestLayer(StoreLayer):
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """Dense, as the prompt; the choice of the last query is on record for `kept`."""
-        out = self.backend.decode(q, self.store.ragged(), self._append(k, v, valid))
+        limits_ST = self._append(k, v, valid)  # first: it may move the store
+        out = self.backend.decode(q, self.store.ragged(), limits_ST)
         self._choose(*_last_query(q, valid))
         return out
 

@@ -28,7 +28,8 @@ Differences from the official code:
   shares the logarithms are compared, so that small ones don't all round to zero;
 - several tokens at once (a follow-up) select one by one, where the official code adds up their shares;
 - no length is built in: prompts below 4096 tokens, any number of generated tokens, several sequences of
-  unequal lengths. A prompt too short for the machinery is kept whole, and the record says so.
+  unequal lengths. Where factors, landmarks and tail save nothing, on short prompts, only a budget for the
+  whole prompt is feasible; it is then kept whole, and the record says so.
 """
 
 from __future__ import annotations
@@ -134,8 +135,8 @@ class ShadowKV(Method):
 
     def notes(self, geometry: Geometry, budget: Budget, prompt_tokens: int) -> list[str]:
         if self.minimum_tokens(geometry, prompt_tokens) >= prompt_tokens:
-            return [f"prompts of {prompt_tokens} tokens are too short for chunks of {self.chunk}: kept whole"]
-        if self.offload.enabled:
+            return [f"prompts of {prompt_tokens} tokens are too short to save anything on: kept whole"]
+        if self.offload.enabled or budget.tokens(prompt_tokens) >= prompt_tokens:
             return []
         return ["offload.enabled=false: values of the chunks stay on the device, beyond the budget"]
 

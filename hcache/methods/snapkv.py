@@ -48,6 +48,11 @@ class WindowMethod(EvictionMethod):
         return self.window
 
     def shortage(self) -> str:
+        if self.profiled is not None:
+            return (
+                ": the full heads of method.allocation keep the whole prompt; raise the budget, or set "
+                "roles.fit_budget=true among its settings"
+            )
         return (
             f": method.window={self.window} must be smaller than the budget; lower window or raise the budget"
         )
