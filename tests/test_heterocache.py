@@ -386,3 +386,23 @@ def test_thresholds_are_separate() -> None:
     assert strict.roles.assign(MIXED).counts["volatile"] > MIXED.roles().counts["volatile"]
     assert strict.threshold(strict.roles.assign(MIXED)) == 0.85
     assert HeteroCache(profile=MIXED, drift_threshold=0.2).threshold(MIXED.roles()) == 0.2
+
+
+@pytest.mark.parametrize("n", [8192, 32768])
+def test_a_long_prompt_takes_what_is_planned_and_little_scratch(n: int) -> None:
+    """Of the embedded model's shape: bytes within 1% of the plan, on both sides."""
+    shape = Geometry(layers=2, query_heads=8, kv_heads=4, head_dim=32, fingerprint="x")
+    method = HeteroCache(profile=profile([[0.9, 0.9, 0.2, 0.9], [0.9] * 4], {(0, 0, 1): 0.8, (1, 2, 3): 0.8}))
+    budget, device, host = Budget(kept_fraction=0.6), 0, 0
+    for state in method.layers(shape, budget, [n]):
+        q, k, v = (torch.randn(1, heads, n, 32) for heads in (8, 4, 4))
+        with Operations() as operations:
+            state.prefill(q, k, v, None)
+        measured = state.nbytes()
+        held = sum(sum(side.values()) for side in measured.values())
+        assert operations.peak_bytes <= held + 64 * 2**20
+        device += measured["device"]["payload"] + measured["device"]["metadata"]
+        host += measured["host"]["payload"]
+    plan = method.usage(shape, budget, n, 4)
+    assert device == pytest.approx(plan.device_bytes, rel=0.01)
+    assert host == plan.host_bytes > 0
