@@ -44,6 +44,16 @@ def unpadded(x_BHTD: Tensor, valid: Tensor | None, sequence: int) -> Tensor:
     return x if valid is None else x[:, valid[sequence]]
 
 
+def latest_queries(q_BHqTD: Tensor, valid: Tensor | None, window: int) -> Tensor:
+    """The last `window` queries of each sequence [B, Hq, W, D], zeros before its first."""
+    rows = []
+    for b, q_HqTD in enumerate(q_BHqTD):
+        last = slice(-window, None) if valid is None else valid[b].nonzero().squeeze(1)[-window:]
+        q_HqwD = q_HqTD[:, last]
+        rows.append(torch.nn.functional.pad(q_HqwD, (0, 0, window - q_HqwD.shape[1], 0)))
+    return torch.stack(rows)
+
+
 class LayerState(ABC):
     """The contract of one layer's memory (see the methods of the same names).
 

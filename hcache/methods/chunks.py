@@ -23,6 +23,7 @@ from hcache.cache.state import (
     Bytes,
     StoreLayer,
     add_bytes,
+    latest_queries,
     no_bytes,
     on_host,
     one_by_one,
@@ -137,7 +138,7 @@ class ShadowLayer(StoreLayer):
         self._kept = [
             on_host(self._keep(b, unpadded(k, valid, b), unpadded(v, valid, b))) for b in range(batch)
         ]
-        self._held_SM = self._best(_last_query(q, valid)).int()
+        self._held_SM = self._best(latest_queries(q, valid, 1)).int()
         self._fill(~self._unused())
         self._moved_by_prompt = self._host.moved_bytes
 
@@ -286,14 +287,6 @@ def summarise(k_nD: Tensor, chunk: int, outliers: int) -> tuple[Tensor, Tensor]:
 def chunk_positions(chunks: Tensor, size: int) -> Tensor:
     """[..., size] positions of the tokens of each chunk."""
     return chunks.unsqueeze(-1) * size + torch.arange(size, device=chunks.device)
-
-
-def _last_query(q: Tensor, valid: Tensor | None) -> Tensor:
-    """[B, Hq, 1, D] of each sequence's last real token."""
-    if valid is None:
-        return q[:, :, -1:]
-    last = [int(row.nonzero()[-1]) for row in valid]
-    return torch.stack([rows[:, at : at + 1] for rows, at in zip(q, last, strict=True)])
 
 
 def _each(numbers: list[int], heads: int) -> list[int]:

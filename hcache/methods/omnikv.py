@@ -32,13 +32,20 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hcache.attention.backends import CHUNK, to_segments
 from hcache.budget import Budget
 from hcache.cache.offload import HostRows
-from hcache.cache.state import Bytes, LayerState, StoreLayer, add_bytes, storage_bytes, unpadded
+from hcache.cache.state import (
+    Bytes,
+    LayerState,
+    StoreLayer,
+    add_bytes,
+    latest_queries,
+    storage_bytes,
+    unpadded,
+)
 from hcache.geometry import Geometry
 from hcache.methods.base import Method, Usage
 from hcache.methods.heterocache import OffloadSettings
@@ -219,7 +226,7 @@ class FilterLayer(StoreLayer):
         self._prompt_B1 = torch.tensor(lengths, device=k.device).unsqueeze(1)
         self._counts_B1 = torch.tensor(self._counts, device=k.device).unsqueeze(1)
         self._fed_B1 = torch.zeros_like(self._prompt_B1)
-        self._recent_BHqWD = _latest(q, valid, self._window)
+        self._recent_BHqWD = latest_queries(q, valid, self._window)
         self._live: Tensor | None = None
         if len(set(self._counts)) > 1:
             slots_BHk = torch.arange(max(self._counts)).expand(len(lengths), self._heads, -1)
@@ -391,13 +398,3 @@ class SparseLayer(StoreLayer):
 
     def counters(self) -> dict[str, float]:
         return {"host_to_device_bytes": self._prompt.moved_bytes}
-
-
-def _latest(q_BHqTD: Tensor, valid: Tensor | None, window: int) -> Tensor:
-    """The last `window` queries of each sequence [B, Hq, W, D], zeros before its first."""
-    rows = []
-    for b, q_HqTD in enumerate(q_BHqTD):
-        last = slice(-window, None) if valid is None else valid[b].nonzero().squeeze(1)[-window:]
-        q_HqwD = q_HqTD[:, last]
-        rows.append(F.pad(q_HqwD, (0, 0, window - q_HqwD.shape[1], 0)))
-    return torch.stack(rows)
