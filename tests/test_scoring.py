@@ -108,3 +108,47 @@ def test_an_even_kernel_is_refused(kernel: int) -> None:
     with pytest.raises(ValueError, match=f"method.kernel={kernel} must be an odd number"):
         check_kernel(kernel)
     check_kernel(5)
+
+
+def test_a_missing_triton_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(scoring, "find_spec", lambda name: None)
+    scoring._has_triton.cache_clear()
+    assert not any(scoring._has_triton() for _ in range(2))
+    scoring._has_triton.cache_clear()
+    assert caplog.text.count("no triton") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_on_cuda_is_multiplied_as_it_is(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU has no such product: here the way to it and back is tested, with a stand-in."""
+    q, k = random_qk(4, dtype)
+    expected = list(window_rows(q, k, 8))
+    taken = []
+
+    def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        taken.append((a.dtype, a.shape, b.dtype, b.shape, out_dtype))
+        return a.float() @ b.float()
+
+    monkeypatch.setattr(scoring, "_half_on_cuda", lambda x: True)
+    monkeypatch.setattr(torch, "mm", mm)
+    torch.testing.assert_close(list(window_rows(q, k, 8)), expected)
+    assert taken == [(dtype, (32, DIM), dtype, (DIM, N), torch.float32)] * HEADS
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scores_on_a_gpu_are_as_exact_as_in_float32(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = 2 * torch.randn(2000, 8, 128, generator=generator).to("cuda", dtype).transpose(0, 1)
+    k = torch.randn(2000, 2, 128, generator=generator).to("cuda", dtype).transpose(0, 1)
+    exact = causal_attention(q.double(), k.double()).float()
+    windowed = exact[:, -32:].sum(1).unflatten(0, (2, 4))
+    torch.testing.assert_close(window_attention(q, k, 32), windowed, rtol=1e-4, atol=1e-6)
+    summed = exact.double().sum(1).unflatten(0, (2, 4)).sum(1).float()
+    torch.testing.assert_close(column_sums(q, k), summed, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scoring.column_sums_in_blocks(q, k), summed, rtol=1e-4, atol=1e-4)

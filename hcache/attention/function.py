@@ -7,6 +7,8 @@ bound to its attention module by the cache's `update` just before.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from hcache.cache.state import LayerState
 
 NAME = "hcache"
+
+_STATE, _STEPPING = "_hcache_state", "_hcache_stepping"
 
 UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "head_mask", "position_bias")
 """Attention arguments that change the result and that no state implements."""
@@ -49,10 +53,15 @@ def attend(
     # States score with 1/sqrt(D); another scaling is folded into the query.
     if scaling is not None and abs(scaling * query.shape[-1] ** 0.5 - 1) > 1e-6:
         query = query * (scaling * query.shape[-1] ** 0.5)
+    steps: LayerState | None = module.__dict__.get(_STEPPING)
+    if steps is not None:
+        return steps.advance(query, key, value, None).transpose(1, 2).contiguous(), None
     state, is_prompt = bound(module)
     if is_prompt:
         out = state.attend_prompt(query, key, value, attention_mask)
         state.prefill(query, key, value, attention_mask)
+        if not state.pending:
+            state.room.adopt(state)
     elif query.shape[2] == 1:
         out = state.step(query, key, value, attention_mask)
     else:
@@ -71,18 +80,30 @@ def cache_argument(model: nn.Module) -> str:
 def bind(module: nn.Module, state: LayerState, is_prompt: bool) -> None:
     """Hand a layer's state to its attention module for the call that follows."""
     # Past nn.Module's own __setattr__: this is a note for one call, not a part of the model.
-    object.__setattr__(module, "_hcache_state", (state, is_prompt))
+    object.__setattr__(module, _STATE, (state, is_prompt))
+
+
+@contextmanager
+def stepping(modules: list[nn.Module], states: list[LayerState]) -> Iterator[None]:
+    """Within it, a forward without a cache is the `advance` of these states; the caller has counted."""
+    for module, state in zip(modules, states, strict=True):
+        object.__setattr__(module, _STEPPING, state)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop(_STEPPING, None)
 
 
 def bound(module: nn.Module) -> tuple[LayerState, bool]:
     """Take the state that was bound, so that the module doesn't keep it alive."""
-    pair: tuple[LayerState, bool] = module.__dict__.pop("_hcache_state")
+    pair: tuple[LayerState, bool] = module.__dict__.pop(_STATE)
     return pair
 
 
 def unbind(modules: list[nn.Module]) -> int:
     """Take back states that no attention call has taken; how many there were."""
-    return sum(module.__dict__.pop("_hcache_state", None) is not None for module in modules)
+    return sum(module.__dict__.pop(_STATE, None) is not None for module in modules)
 
 
 def refuse_arguments(module: nn.Module, arguments: dict[str, Any], dropout: float = 0.0) -> None:

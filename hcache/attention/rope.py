@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,19 @@ from transformers import PreTrainedModel
 
 STATIC = ("default", "linear", "llama3", "yarn", "proportional")
 """Kinds of scaling whose angles depend on the position alone."""
+
+
+class Halves(NamedTuple):
+    """The common layout as a formula: number i of a head is turned together with number F + i, by position *
+    frequency i in float32; numbers behind the first 2F stay as they are.
+
+    Args:
+        frequencies_F: [F] float32, radians a token.
+        scaling: factor of what is turned.
+    """
+
+    frequencies_F: Tensor
+    scaling: float
 
 
 class Rope:
@@ -31,6 +44,7 @@ class Rope:
 
     def __init__(self, rotary: nn.Module, apply: Callable[..., Any], scaling: float) -> None:
         self._rotary, self._apply, self._scaling = rotary, apply, scaling
+        self._halves: dict[int, tuple[Tensor, Halves | None]] = {}
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Rope:
@@ -69,6 +83,35 @@ class Rope:
     def shift(self, x: Tensor, by: Tensor) -> Tensor:
         """Rotated keys or queries moved on by `by` positions (negative: back)."""
         return self._turn(x, by, 1 / self._scaling)
+
+    def halves(self, dim: int) -> Halves | None:
+        """The rotation of heads of `dim` numbers as a formula, None if it is of another layout.
+
+        Tried, not told by a name, and tried again when the model's frequencies have changed. Synchronises.
+        """
+        frequencies = getattr(self._rotary, "inv_freq", None)
+        if not isinstance(frequencies, Tensor):
+            return None
+        known = self._halves.get(dim)
+        if known is None or known[0] is not frequencies:
+            formula = Halves(frequencies.detach().float(), self._scaling)
+            known = self._halves[dim] = (frequencies, formula if self._follows(formula, dim) else None)
+        return known[1]
+
+    def _follows(self, formula: Halves, dim: int) -> bool:
+        """Whether the model's module and function do what the formula says, near and far."""
+        frequencies_F, scaling = formula
+        half = frequencies_F.numel()
+        if frequencies_F.dim() != 1 or 2 * half > dim:
+            return False
+        positions = torch.tensor([0, 1, 5, 911, 100_003], device=frequencies_F.device)
+        x_TD = torch.linspace(-1, 1, len(positions) * dim, device=frequencies_F.device).view(-1, dim)
+        angles_TF = positions.unsqueeze(1).float() * frequencies_F
+        cos, sin = angles_TF.cos() * scaling, angles_TF.sin() * scaling
+        left, right, rest = x_TD.split([half, half, dim - 2 * half], dim=1)
+        expected = torch.cat([left * cos - right * sin, right * cos + left * sin, rest], 1)
+        turned = self.rotate(x_TD.view(1, 1, -1, dim), positions.unsqueeze(0)).view_as(expected)
+        return torch.allclose(turned, expected, rtol=0, atol=1e-3)
 
     def _turn(self, x: Tensor, positions: Tensor, factor: float) -> Tensor:
         numbers = x.float()

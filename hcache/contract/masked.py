@@ -20,4 +20,6 @@ def causal_attention(q_HqnD: Tensor, k_HnD: Tensor) -> Tensor:
     group = q_HqnD.shape[0] // k_HnD.shape[0]
     k, n = k_HnD.repeat_interleave(group, dim=0), k_HnD.shape[1]
     logits = q_HqnD @ k.transpose(-1, -2) * q_HqnD.shape[-1] ** -0.5
-    return logits.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+    return logits.masked_fill(
+        torch.ones(n, n, dtype=torch.bool, device=k.device).triu(1), -torch.inf
+    ).softmax(-1)
