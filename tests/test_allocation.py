@@ -26,6 +26,7 @@ from hcache.allocation import (
     water_fill,
     water_levels,
 )
+from hcache.attention.backends import BACKENDS
 from hcache.contract.cases import profile_of
 from hcache.contract.masked import causal_attention
 from hcache.contract.tiny_models import prompts as random_ids
@@ -435,6 +436,7 @@ def test_any_scorer_goes_with_any_allocation(name: str, split: str) -> None:
 def prefilled(method: Any, shape: Geometry, budget: Budget, n: int) -> Iterator[tuple[Any, int]]:
     """The layers after a random prompt, and the most bytes alive while each came in."""
     for state in method.layers(shape, budget, [n]):
+        state.backend = BACKENDS["sdpa"]
         q, k, v = (torch.randn(1, heads, n, 32) for heads in (8, 4, 4))
         with Operations() as operations:
             state.prefill(q, k, v, None)

@@ -142,7 +142,7 @@ def reference(prompts: list[list[Qkv]], budget: Budget, rule: Cake) -> list[list
 
 def keys_of(state: CakeLayer, segment: int) -> Tensor:
     """Keys of a segment's tokens in text order."""
-    slots = state._order_SW[segment, : int(state._count_S[segment])].long()
+    slots = state._order_SW[segment, : int(state.count_S[segment])].long()
     return state.store.keys[state.store.offsets[segment] + slots]
 
 
@@ -250,7 +250,7 @@ def test_as_long_as_everything_fits_it_is_full_attention(budget: int) -> None:
             everything = torch.ones(HEADS, k.shape[1], dtype=torch.bool)
             expected = attend_to(q1[0, :, 0], k, v, everything)
             torch.testing.assert_close(out[0, :, 0], expected, rtol=1e-4, atol=1e-5)
-    assert all(state._count_S.tolist() == [budget] * HEADS for state in states)
+    assert all(state.count_S.tolist() == [budget] * HEADS for state in states)
 
 
 def test_a_budget_within_the_window_slides() -> None:
@@ -269,6 +269,7 @@ def test_without_variance_the_ranking_is_snapkvs(pooling: Pooling) -> None:
     states = filled(geometry(), 20, n, gamma=0.0, **hyper)
     for i, other in enumerate(others):
         q, k, v = prompt_of(n, i)
+        other.backend = BACKENDS["sdpa"]
         other.prefill(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), None)
     for state, other in zip(states, others, strict=True):
         assert [x.tolist() for x in state.kept()[0]] == [x.tolist() for x in other.kept()[0]]
@@ -292,13 +293,13 @@ def test_where_attention_does_not_change_there_is_no_preference() -> None:
 
 def test_the_size_stays_while_decoding() -> None:
     states = filled(geometry(), 20, 100)
-    sizes = [state._count_S.tolist() for state in states]
+    sizes = [state.count_S.tolist() for state in states]
     payloads = [state.nbytes()["device"]["payload"] for state in states]
     assert sum(payloads) == 20 * LAYERS * HEADS * 2 * DIM * 4
     for t in range(60):
         for i, state in enumerate(states):
             state.step(*random_qkv(1, 1, seed=10 * t + i), None)
-            assert state._count_S.tolist() == sizes[i]
+            assert state.count_S.tolist() == sizes[i]
             assert state.nbytes()["device"]["payload"] == payloads[i]
 
 
@@ -315,6 +316,7 @@ def test_a_long_prompt_takes_what_is_planned_and_little_scratch(n: int) -> None:
     for i, state in enumerate(states):
         q, k, v = (torch.randn(1, heads, n, 32) for heads in (8, 4, 4))
         q *= 1 + i % 3
+        state.backend = BACKENDS["sdpa"]
         with operations:
             state.prefill(q, k, v, None)
     devices = [state.nbytes()["device"] for state in states]

@@ -44,8 +44,11 @@ def check_copy(dim: int, dtype: torch.dtype, count: int, some: bool, device: str
     expected = copied(source, rows, target, slots, wanted)
     there = target.to(device, copy=True)
     source = source.pin_memory() if device == "cuda" else source
-    copy_rows(source, rows.to(device), there, slots.to(device), None if wanted is None else mask.to(device))
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    flags = None if wanted is None else mask.to(device)
+    copy_rows([(source, there)], rows.to(device), slots.to(device), flags, count=count)
     assert torch.equal(there.cpu(), expected)
+    assert count.item() == (len(rows) if wanted is None else int(mask.sum()))
 
 
 def filled(device: str, dtype: torch.dtype, keys: bool, enabled: bool) -> tuple[HostRows, Tensor, Tensor]:
@@ -55,6 +58,7 @@ def filled(device: str, dtype: torch.dtype, keys: bool, enabled: bool) -> tuple[
     parts = zip(flat_keys.split(LENGTHS), flat_values.split(LENGTHS), strict=True)
     for segment, (k, v) in enumerate(parts):
         host.write(segment, k.to(device) if keys else None, v.to(device))
+    host.settle()
     return host, flat_keys, flat_values
 
 
@@ -99,8 +103,21 @@ def test_host_rows_come_back_as_they_were(dtype: torch.dtype, keys: bool, enable
 def test_what_is_not_wanted_may_be_nan() -> None:
     """A row that isn't wanted leaves no trace, whatever it holds."""
     source, target = torch.full((3, 4), torch.nan), torch.zeros(3, 4)
-    copy_rows(source, torch.arange(3), target, torch.arange(3), torch.zeros(3, dtype=torch.bool))
+    copy_rows([(source, target)], torch.arange(3), torch.arange(3), torch.zeros(3, dtype=torch.bool))
     assert torch.equal(target, torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("wanted", [[1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0], [1, 0, 1, 1]])
+def test_slots_that_are_not_wanted_may_be_those_of_others(wanted: list[int]) -> None:
+    """Padding of a table points anywhere; two pairs go by the same rows."""
+    mask = torch.tensor(wanted, dtype=torch.bool)
+    slots = torch.where(mask, torch.arange(4) + 1, torch.tensor([1, 1, 4, 4]))
+    sources, targets = ([numbers(6, dim, seed=s + dim) for dim in (3, 4)] for s in (0, 10))
+    rows = torch.tensor([0, 3, 3, 1])
+    expected = [copied(s, rows, t, slots, mask) for s, t in zip(sources, targets, strict=True)]
+    copy_rows(list(zip(sources, targets, strict=True)), rows, slots, mask)
+    for target, right in zip(targets, expected, strict=True):
+        assert torch.equal(target, right)
 
 
 @pytest.mark.parametrize("keys", [True, False], ids=["both", "values"])

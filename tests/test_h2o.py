@@ -95,7 +95,7 @@ class Sequence:
 
 def held(state: H2OLayer, segment: int) -> tuple[Tensor, Tensor]:
     """Keys of a segment's tokens in text order, and what they have received."""
-    count = int(state._count_S[segment])
+    count = int(state.count_S[segment])
     slots = state.store.offsets[segment] + state._order_SW[segment, :count].long()
     return state.store.keys[slots], state._sums_SW[segment, :count]
 
@@ -191,7 +191,7 @@ def test_the_size_stays_and_the_latest_tokens_with_it(n: int, capacity: int) -> 
         token = random_qkv(1, 1, seed=100 + t)
         state.step(*token, None)
         latest = torch.cat([latest[1:], token[1][0, 0]])
-        assert state._count_S.tolist() == [min(n + t + 1, capacity)] * HEADS
+        assert state.count_S.tolist() == [min(n + t + 1, capacity)] * HEADS
         assert torch.equal(held(state, 0)[0][-6:], latest)
         assert state.nbytes()["device"]["payload"] == min(n + t + 1, capacity) * HEADS * 2 * DIM * 4
         after = state.kept()[0]
@@ -223,7 +223,7 @@ def test_as_long_as_everything_fits_it_is_full_attention(recent: int | float | N
         torch.testing.assert_close(out[0, :, 0], expected, rtol=1e-4, atol=1e-5)
     assert state.kept()[0][1].tolist() == list(range(30))
     state.step(*random_qkv(1, 1, seed=400), None)
-    assert state._count_S.tolist() == [50] * HEADS
+    assert state.count_S.tolist() == [50] * HEADS
 
 
 @pytest.mark.parametrize("heavy", [1, 5])
@@ -277,6 +277,7 @@ def test_a_later_token_changes_nothing_of_what_earlier_rows_give(monkeypatch: py
 def test_a_long_prompt_takes_what_is_planned_and_little_scratch(n: int) -> None:
     method, budget = H2O(), Budget(kept_fraction=0.25)
     (state,) = method.layers(EMBEDDED, budget, [n])
+    state.backend = BACKENDS["sdpa"]
     q, k, v = (torch.randn(1, heads, n, 32) for heads in (8, 4, 4))
     with Operations() as operations:
         state.prefill(q, k, v, None)

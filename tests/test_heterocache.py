@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hcache import Budget, Generator, Geometry, HeadProfile, InfeasibleBudget
 from hcache.attention.backends import BACKENDS
+from hcache.cache.room import Held, Room, StickyRoom, tensors_of
 from hcache.contract.masked import causal_attention
 from hcache.contract.tiny_models import prompts, tiny_model
 from hcache.methods import make
@@ -396,6 +398,7 @@ def test_a_long_prompt_takes_what_is_planned_and_little_scratch(n: int) -> None:
     budget, device, host = Budget(kept_fraction=0.6), 0, 0
     for state in method.layers(shape, budget, [n]):
         q, k, v = (torch.randn(1, heads, n, 32) for heads in (8, 4, 4))
+        state.backend = BACKENDS["sdpa"]
         with Operations() as operations:
             state.prefill(q, k, v, None)
         measured = state.nbytes()
@@ -406,3 +409,194 @@ def test_a_long_prompt_takes_what_is_planned_and_little_scratch(n: int) -> None:
     plan = method.usage(shape, budget, n, 4)
     assert device == pytest.approx(plan.device_bytes, rel=0.01)
     assert host == plan.host_bytes > 0
+
+
+class Replays:
+    """Steps of one layer, captured as an engine does it: by kind, with the tensors and host numbers of the
+    prompt that was first.
+
+    Args:
+        late: background work is done just before the turn that joins it, not right after the one that starts
+            it.
+    """
+
+    def __init__(self, late: bool = False) -> None:
+        self.late, self.kinds, self.due = late, {}, []
+
+    def step(self, state: HeteroLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        turn = state.ready(True)
+        if turn.joins:
+            self.join()
+        captured = self.kinds.setdefault(turn.kind, copy.copy(state))
+        out = captured.advance(q, k, v, None)
+        if turn.starts:
+            assert not self.due, "one window's work must be joined before the next one's begins"
+            self.due.append(captured)
+            if not self.late:
+                self.join()
+        return out
+
+    def join(self) -> None:
+        while self.due:
+            self.due.pop().background()
+
+
+def two_pivots(
+    room: Room, prompt: tuple[Tensor, Tensor, Tensor], visible_after: int, **hyper: object
+) -> HeteroLayer:
+    """A layer with pivots 0 (satellite 1) and 2 (satellite 3) after a prompt."""
+    pairs = profile([[0.9, 0.8, 0.7, 0.9]], {(0, 0, 1): 0.8, (0, 2, 3): 0.8})
+    method = make("heterocache", profile=pairs, drift_threshold=0.52, visible_after=visible_after, **hyper)
+    batch, _, tokens, _ = prompt[0].shape
+    (state,) = method.layers(GEOMETRY, Budget(kept_fraction=0.76), [tokens] * batch)
+    state.backend, state.reserve_tokens, state.room = BACKENDS["sdpa"], 40, room
+    state.prefill(*prompt, None)
+    state.room.adopt(state)
+    return state
+
+
+def random_prompt(tokens: int, seed: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(batch, heads, tokens, DIM, generator=generator) for heads in (8, 4, 4))
+    return 2 * q, k, v
+
+
+@pytest.mark.parametrize("visible_after", [1, 3, 5])
+@pytest.mark.parametrize("enabled", [True, False], ids=["host", "device"])
+def test_steps_captured_with_one_prompt_serve_others(visible_after: int, enabled: bool) -> None:
+    """Bit for bit, and what is kept and counted too; a smaller prompt changes nothing that was captured."""
+    room, replays, seen = StickyRoom(), Replays(), set()
+    offload = OffloadSettings(enabled=enabled)
+    for seed, tokens in enumerate((128, 90, 121, 64)):
+        prompt = random_prompt(tokens, seed)
+        fresh = two_pivots(room, prompt, visible_after, offload=offload)
+        plain = two_pivots(Room(), prompt, visible_after, offload=offload)
+        assert not room.forget_changes()
+        for t in range(23):
+            token = tuple(x[:, :, 0:1] for x in random_prompt(1, 100 + t))
+            assert torch.equal(replays.step(fresh, *token), plain.step(*token, None))
+            assert [[h.tolist() for h in s] for s in fresh.kept()] == [
+                [h.tolist() for h in s] for s in plain.kept()
+            ]
+        assert fresh.counters() == plain.counters()
+        seen.add(fresh.counters()["triggers"])
+    assert len(seen) > 1
+    assert len(replays.kinds) == {1: 1, 3: 2, 5: 2}[visible_after]
+
+
+class Generous(Room):
+    """Far more room for some things than for others."""
+
+    def size(self, name: str, needed: int) -> int:
+        return {"prompt": needed + 7, "resident": 5 * needed}.get(name, needed)
+
+
+@pytest.mark.parametrize("visible_after", [1, 3])
+def test_how_much_room_there_is_changes_nothing(visible_after: int) -> None:
+    prompt = random_prompt(70, 0)
+    states = [two_pivots(room, prompt, visible_after) for room in (Room(), Generous())]
+    for t in range(17):
+        token = tuple(x[:, :, 0:1] for x in random_prompt(1, 100 + t))
+        assert torch.equal(*(state.step(*token, None) for state in states))
+    assert states[0].counters() == states[1].counters()
+    assert states[0].counters()["triggers"] > 0
+
+
+@pytest.mark.parametrize("visible_after", [1, 2, 5])
+def test_when_background_work_is_done_changes_nothing(visible_after: int) -> None:
+    """Right after the step that starts it, or just before the one that joins it."""
+    prompt = random_prompt(100, 0)
+    runs = []
+    for late in (False, True):
+        replays, state = Replays(late), two_pivots(StickyRoom(), prompt, visible_after)
+        tokens = [[x[:, :, 0:1] for x in random_prompt(1, 100 + t)] for t in range(31)]
+        outs = [replays.step(state, *token) for token in tokens]
+        replays.join()
+        runs.append((outs, state.kept(), state.counters()))
+    for ours, theirs in zip(*(run[0] for run in runs), strict=True):
+        assert torch.equal(ours, theirs)
+    assert [[h.tolist() for h in s] for s in runs[0][1]] == [[h.tolist() for h in s] for s in runs[1][1]]
+    assert runs[0][2] == runs[1][2]
+    assert runs[0][2]["triggers"] > 2
+
+
+def _at(container: object, key: object) -> Tensor:
+    return getattr(container, key) if isinstance(container, Held) else container[key]
+
+
+def test_what_was_staged_is_delivered_once() -> None:
+    """Later windows without a drift leave the store as it is, whatever the staging buffer holds."""
+    state = layer(visible_after=3)
+    q, k, v = planted(EARLY)
+    state.prefill(q, k, v, None)
+    feed(state, k, LATE, 8)
+    assert state.counters()["triggers"] == 1
+    state._staging.keys.fill_(torch.nan)
+    feed(state, k, LATE, 12)
+    assert state.counters()["triggers"] == 1
+    assert not state.store.keys.isnan().any()
+
+
+def test_windows_start_and_join_work_where_they_must() -> None:
+    def turns(visible_after: int, uneven_from: int = 99) -> tuple[list[int], list[int]]:
+        state = two_pivots(Room(), random_prompt(64, 0), visible_after)
+        all_turns = {t: state.ready(t < uneven_from) for t in range(1, 17)}
+        return [t for t, turn in all_turns.items() if turn.joins], [
+            t for t in all_turns if all_turns[t].starts
+        ]
+
+    assert turns(1) == ([6, 11, 16], [5, 10, 15])
+    assert turns(3) == ([8, 13], [5, 10, 15])
+    assert turns(5) == ([10, 15], [5, 10, 15])
+    assert turns(3, uneven_from=12) == ([8, 12, 13, 14, 15, 16], [5, 10, 12, 13, 14, 15, 16])
+
+
+@pytest.mark.parametrize(("every", "triggers"), [(0, 0), (1, 6), (2, 3), (3, 2)])
+def test_drifts_can_be_had_at_a_given_rate(every: int, triggers: int) -> None:
+    """Whatever the queries look at; the windows are looked at as ever."""
+    for where in (EARLY, LATE):
+        state = layer(drift_every=every)
+        q, k, v = planted(EARLY)
+        state.prefill(q, k, v, None)
+        feed(state, k, where, 30)
+        assert state.counters()["triggers"] == triggers
+        assert state.counters()["windows"] == 6
+        looked_at = set(where) <= set(state.kept()[0][1].tolist())
+        assert looked_at == (triggers > 0 or where == EARLY)
+
+
+def test_a_given_rate_is_checked_and_noted() -> None:
+    with pytest.raises(ValueError, match="drift_every=-1"):
+        make("heterocache", drift_every=-1)
+    budget = Budget(kept_fraction=0.5)
+    notes = {
+        every: HeteroCache(profile=MIXED, drift_every=every).notes(FOUR_LAYERS, budget, 1600)
+        for every in (None, 0, 10)
+    }
+    assert notes[None] == []
+    assert "drift never" in notes[0][0]
+    assert "every 10th window" in notes[10][0]
+
+
+@pytest.mark.parametrize("visible_after", [1, 4])
+def test_what_is_staged_is_planned_counted_and_noted(visible_after: int) -> None:
+    """A second copy of what satellites keep, only where a refresh waits to be seen."""
+    shape = Geometry(layers=1, query_heads=8, kv_heads=4, head_dim=32, fingerprint="x")
+    method = HeteroCache(profile=PIVOT_AND_SATELLITE, visible_after=visible_after)
+    budget, n = Budget(kept_fraction=0.5), 8192
+    (state,) = method.layers(shape, budget, [n])
+    state.backend = BACKENDS["sdpa"]
+    state.prefill(*(torch.randn(1, heads, n, 32) for heads in (8, 4, 4)), None)
+    measured, satellite = state.nbytes()["device"], len(state.kept()[0][1]) * 2 * 32 * 4
+    plan = method.usage(shape, budget, n, 4)
+    assert measured["payload"] + measured["metadata"] == pytest.approx(plan.device_bytes, rel=0.01)
+    staged = measured["metadata"] > satellite
+    assert staged == (visible_after > 1)
+    assert any("staging buffer" in note for note in method.notes(shape, budget, n)) == staged
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held_tensors(state)}
+    total = sum(sum(side.values()) for side in state.nbytes().values())
+    assert total == sum(held.values())
+
+
+def held_tensors(state: HeteroLayer) -> list[Tensor]:
+    return [_at(container, key) for _, container, key in tensors_of(state)]

@@ -374,6 +374,7 @@ def test_measured_bytes_and_attention_are_those_of_the_plan(n: int, skip: int, c
     states = method.layers(shape, budget, [n])
     prompt, measured, attended = long_prompt(n), 0, 0
     for state in states:
+        state.backend = BACKENDS["sdpa"]
         state.prefill(*prompt, None)
         device = state.nbytes()["device"]
         measured += device["payload"] + device["metadata"]
@@ -401,6 +402,7 @@ def test_a_long_prompt_makes_no_copy_of_the_layer() -> None:
     """Beside what is kept, a sixteenth of it for the bounds at a time."""
     n = 32768
     (state,) = Quest().layers(shape_of_the_embedded_model(), Budget(kept_fraction=0.25), [n])
+    state.backend = BACKENDS["sdpa"]
     prompt = long_prompt(n)
     with Operations() as operations:
         state.prefill(*prompt, None)
@@ -414,9 +416,8 @@ def test_every_tensor_of_the_state_is_counted() -> None:
     state.step(*token_at(0, batch=2), None)
     tensors = [x for part in (state, state.store) for x in vars(part).values() if isinstance(x, Tensor)]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-    rows = sum(x.nbytes for x in state.store._rows.values())
     device = state.nbytes()["device"]
-    assert sum(device.values()) == sum(storages.values()) + rows
+    assert sum(device.values()) == sum(storages.values())
     payload = 802 * HEADS * 2 * DIM * 4
     assert device["payload"] == payload
     bounds = (-(-501 // PAGE) + -(-301 // PAGE)) * HEADS * 2 * DIM * 4

@@ -20,6 +20,7 @@ from transformers import (
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hcache import KVCache
 from hcache.attention.rope import Rope
@@ -140,6 +141,67 @@ def test_a_subclass_in_another_module_has_its_model_s_rotation() -> None:
 def test_scaling_that_depends_on_the_length_is_refused(kind: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"rope_type '{kind}', supported: default, linear"):
         Rope.of(scaled_model(kind, **options))
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, *SCALINGS])
+def test_the_common_layout_is_known_as_a_formula(kind: str) -> None:
+    rope = Rope.of(scaled_model(kind) if kind in SCALINGS else tiny_model(kind))
+    halves = rope.halves(16)
+    assert halves is not None
+    positions = torch.tensor([[0, 3, 70_001, 100_000]])
+    x = torch.randn(1, 2, 4, 16, generator=torch.Generator().manual_seed(2))
+    half = len(halves.frequencies_F)
+    angles = positions[..., None].float() * halves.frequencies_F
+    factors = torch.polar(torch.full_like(angles, halves.scaling), angles).unsqueeze(1)
+    turned = torch.complex(x[..., :half].contiguous(), x[..., half : 2 * half].contiguous()) * factors
+    expected = torch.cat([turned.real, turned.imag, x[..., 2 * half :]], -1)
+    torch.testing.assert_close(rope.rotate(x, positions), expected, rtol=0, atol=1e-5)
+
+
+def rope_like(layout: str, dim: int) -> Rope:
+    """A rotation in the module's angles, of heads whose numbers are laid out otherwise."""
+
+    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = (part[..., : part.shape[-1] // 2].unsqueeze(1) for part in (cos, sin))
+        outs = []
+        for x in (q, k):
+            rest = x[..., 2 * cos.shape[-1] :]
+            x = x[..., : 2 * cos.shape[-1]]
+            if layout == "neighbours":
+                left, right = x[..., ::2], x[..., 1::2]
+                turned = torch.stack([left * cos - right * sin, right * cos + left * sin], -1).flatten(-2)
+            else:
+                left, right = x.chunk(2, -1)
+                turned = torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
+            outs.append(torch.cat([turned, rest], -1))
+        return outs[0], outs[1]
+
+    config = LlamaConfig(hidden_size=dim, num_attention_heads=1, head_dim=dim)
+    return Rope(LlamaRotaryEmbedding(config), apply, 1.0)
+
+
+def test_layouts_are_told_by_what_they_do() -> None:
+    partial = rope_like("halves", 8).halves(12)
+    assert partial is not None
+    assert len(partial.frequencies_F) == 4
+    assert rope_like("neighbours", 8).halves(8) is None
+    assert rope_like("halves", 16).halves(8) is None  # more angles than numbers
+    bare = rope_like("halves", 8)
+    del bare._rotary.inv_freq
+    assert bare.halves(8) is None
+
+
+def test_the_formula_follows_rounded_frequencies_and_is_tried_once() -> None:
+    model = copy.deepcopy(tiny_model("llama"))
+    rope = Rope.of(model)
+    exact = rope.halves(16)
+    assert rope.halves(16) is exact
+    model.to(torch.bfloat16)
+    rounded = rope.halves(16)
+    assert exact is not None
+    assert rounded is not None
+    assert torch.equal(rounded.frequencies_F, exact.frequencies_F.bfloat16().float())
+    assert not torch.equal(rounded.frequencies_F, exact.frequencies_F)
 
 
 def test_models_without_rotary_embedding_are_refused() -> None:

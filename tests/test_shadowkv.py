@@ -13,12 +13,15 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from hcache import Budget, Generator, Geometry, InfeasibleBudget, KVCache
 from hcache.attention.backends import BACKENDS
 from hcache.attention.rope import Rope
+from hcache.cache.exchange import Changed, fetch
+from hcache.cache.room import Room, StickyRoom
 from hcache.cache.state import StoreLayer
 from hcache.contract.masked import attend_to
 from hcache.contract.tiny_models import FAMILIES, VOCABULARY, positions_of, prompts, tiny_model
 from hcache.methods.chunks import ChunkPlan, ShadowLayer, summarise
 from hcache.methods.heterocache import OffloadSettings
 from hcache.methods.shadowkv import ShadowKV
+from tests.on_kernels import kernel_device
 from tests.operations import Operations
 from tests.padding import Qkv, left_padded
 
@@ -289,12 +292,15 @@ def test_several_tokens_are_as_many_steps() -> None:
 
 
 def test_a_hit_gives_what_fetching_everything_gives_and_values_are_exact() -> None:
-    (state, batch), (fresh, _) = ragged_batch(), ragged_batch()
-    fresh._fill = lambda missing: ShadowLayer._fill(fresh, ~fresh._unused())  # type: ignore[method-assign]
+    state, batch = ragged_batch()
     for t in range(30):
-        token = token_at(t // 2, batch=3)  # every other query is the one before
-        assert torch.equal(state.step(*token, None), fresh.step(*token, None))
-        assert torch.equal(state._held_SM, fresh._held_SM)
+        state.step(*token_at(t // 2, batch=3), None)  # every other query is the one before
+        stored = state.store.keys.clone(), state.store.values.clone()
+        slots = torch.arange(state._most, dtype=torch.int32).repeat(3 * HEADS, 1)
+        everything = Changed(slots, state._selected_S)
+        fetch(state._host, state.store, state._chunks(), everything, SIZE)
+        state._factors.restore(state.store, state._chunks(), everything, SIZE)
+        assert all(map(torch.equal, stored, (state.store.keys, state.store.values)))
         for s, rows in enumerate(state._landmarks.chunks(state._held_SM)):
             _, plan = RAGGED[s // HEADS]
             positions = [c * SIZE + i for c in rows[: plan.selected].tolist() for i in range(SIZE)]
@@ -350,6 +356,74 @@ def test_a_step_has_fixed_shapes_and_asks_the_device_for_nothing(monkeypatch: py
             assert not operations.synchronised()
             traces.append(operations.trace)
         assert all(trace == traces[0] for trace in traces)
+
+
+# Steps that were captured, and kernels
+
+
+def prompts_and_plans(lengths: list[int]) -> tuple[list[Qkv], list[ChunkPlan]]:
+    """Prompts of which 14 tokens or fewer are kept whole, each with a plan of its own."""
+    plans = [ChunkPlan() if n < 15 else plan_of(n, n // 8, n // 40, n // 12) for n in lengths]
+    return [prompt_of(n) for n in lengths], plans
+
+
+def prefilled_in(room: Room, lengths: list[int], device: str = "cpu") -> ShadowLayer:
+    batch, plans = prompts_and_plans(lengths)
+    state = layer_of(plans, reserve=40)
+    state.rope, state.room = rope_of(device=device), room
+    state.prefill(*(x.to(device) for x in left_padded(batch)))
+    room.adopt(state)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [([102], [[61], [90]]), ([70, 102, 90], [[90, 20, 61], [12, 33, 100], [102, 61, 70]])],
+    ids=["one", "batch"],
+)
+def test_steps_of_the_first_prompt_s_state_serve_other_prompts(
+    first: list[int], later: list[list[int]]
+) -> None:
+    """A captured step knows tensors alone: the state it was captured with does the next prompt's steps."""
+    room = StickyRoom()
+    captured, batch = prefilled_in(room, first), len(first)
+    for t in range(3):
+        captured.step(*token_at(t, batch), None)
+    for lengths in later:
+        ours, plain = prefilled_in(room, lengths), prefilled_in(Room(), lengths)
+        assert room.forget_changes() == 0
+        for t in range(20):
+            token = token_at(50 + t, batch)
+            turn = ours.ready(even=True)
+            assert turn.kind == 0
+            out = captured.advance(*token, None)
+            torch.testing.assert_close(out, plain.step(*token, None), rtol=0, atol=1e-6)
+            assert as_lists(ours.kept()) == as_lists(plain.kept())
+        assert ours.counters() == plain.counters()
+        assert 0 < ours.counters()["chunk_hits"] < ours.counters()["chunks_selected"]
+
+
+def traced(state: ShadowLayer, batch: int, device: str) -> list[tuple[Tensor, Any]]:
+    """Outputs of sequences that had a token, kept positions and counters after each of some steps."""
+    trace = []
+    for t in range(20):
+        real = torch.tensor([[t % 2 == 0 or (t + b) % 3 > 0] for b in range(batch)])
+        mask = None if t % 2 == 0 else real.to(device)
+        out = state.step(*(x.to(device) for x in token_at(t, batch)), mask).cpu()
+        trace.append((out[real[:, 0]], (as_lists(state.kept()), state.counters())))
+    return trace
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[102], [61, 12, 102]], ids=["one", "batch"])
+def test_kernels_do_the_same_steps(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = traced(prefilled_in(Room(), lengths), len(lengths), "cpu")
+    device = kernel_device(monkeypatch)
+    state = prefilled_in(StickyRoom(), lengths, device)
+    assert state._factors._frequencies_F is not None
+    for (ours, found), (theirs, slow) in zip(traced(state, len(lengths), device), expected, strict=True):
+        assert found == slow
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 # What a budget becomes
@@ -501,8 +575,7 @@ def test_every_tensor_of_the_state_is_counted() -> None:
     parts = (state, state.store, state._host, state._factors, state._landmarks)
     tensors = [x for part in parts for x in vars(part).values() if isinstance(x, Tensor)]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-    rows = sum(x.nbytes for x in state.store._rows.values())
-    assert sum(sum(side.values()) for side in state.nbytes().values()) == sum(storages.values()) + rows
+    assert sum(sum(side.values()) for side in state.nbytes().values()) == sum(storages.values())
 
 
 @pytest.mark.parametrize(

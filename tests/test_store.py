@@ -7,9 +7,12 @@ import torch
 
 from hcache.attention import backends
 from hcache.attention.backends import BACKENDS, CHUNK, resolve
+from hcache.cache.room import Room, StickyRoom
 from hcache.cache.store import RaggedStore
 
 DIM = 16
+PLAIN = sorted(set(BACKENDS) - {"reference", "triton"})
+"""Backends that need nothing but torch; for Triton's see test_kernels.py."""
 
 
 def filled(
@@ -36,6 +39,7 @@ def test_appending_far_beyond_the_room_keeps_every_token(lengths: list[int]) -> 
     store, contents = filled(lengths)
     for step in range(3 * CHUNK):
         k, v = torch.randn(2, len(lengths), 1, DIM)
+        store.expect(1)
         limits = store.append(k, v)
         contents = [torch.cat([old, torch.stack([k[s], v[s]])], 1) for s, old in enumerate(contents)]
         assert limits.flatten().tolist() == [n + step + 1 for n in lengths]
@@ -47,6 +51,7 @@ def test_pads_leave_no_trace_and_unused_slots_stay_zero() -> None:
     valid = torch.tensor([[False, True, False, True], [False, False, True, False]])
     k, v = torch.randn(2, 2, 4, DIM)
     k[~valid] = torch.nan
+    store.expect(4)
     limits = store.append(k, v, valid)
     assert limits.tolist() == [[5, 6, 6, 7], [63, 63, 64, 64]]
     contents = [torch.cat([old, torch.stack([k[s], v[s]])[:, valid[s]]], 1) for s, old in enumerate(contents)]
@@ -74,7 +79,7 @@ def test_nbytes_are_those_of_the_buffers() -> None:
     assert sizes["payload"] + sizes["reserved"] == store.keys.nbytes + store.values.nbytes
 
 
-@pytest.mark.parametrize("name", sorted(set(BACKENDS) - {"reference"}))
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group", [1, 2, 4])
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -82,6 +87,7 @@ def test_backends_agree_with_the_reference_on_ragged_layouts(
     name: str, dtype: torch.dtype, group: int, tokens: int
 ) -> None:
     store, _ = filled([3, 64, 0, 130], dtype)
+    store.expect(tokens)
     limits = store.append(*torch.randn(2, 4, tokens, DIM).to(dtype))
     q = torch.randn(2, 2 * group, tokens, DIM).to(dtype)
     expected = BACKENDS["reference"].decode(q, store.ragged(), limits)
@@ -91,7 +97,7 @@ def test_backends_agree_with_the_reference_on_ragged_layouts(
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(BACKENDS) - {"reference"}))
+@pytest.mark.parametrize("name", PLAIN)
 def test_large_logits_keep_their_precision_in_bfloat16(name: str) -> None:
     """Logits of 20 rounded to bfloat16 before the softmax would be off by more than this."""
     store, _ = filled([900, 700], torch.bfloat16)
@@ -104,6 +110,7 @@ def test_large_logits_keep_their_precision_in_bfloat16(name: str) -> None:
 
 def test_long_extensions_are_attended_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     store, _ = filled([3, 130])
+    store.expect(11)
     limits = store.append(*torch.randn(2, 2, 11, DIM))
     q = torch.randn(1, 4, 11, DIM)
     whole = BACKENDS["sdpa"].decode(q, store.ragged(), limits)
@@ -111,7 +118,7 @@ def test_long_extensions_are_attended_block_by_block(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(BACKENDS["sdpa"].decode(q, store.ragged(), limits), whole)
 
 
-@pytest.mark.parametrize("name", sorted(set(BACKENDS) - {"reference"}))
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("group", [1, 4])
 def test_backends_agree_with_the_reference_on_a_prompt(name: str, group: int) -> None:
     q, k, v = torch.randn(2, 2 * group, 33, DIM), torch.randn(2, 2, 33, DIM), torch.randn(2, 2, 33, DIM)
@@ -122,7 +129,8 @@ def test_backends_agree_with_the_reference_on_a_prompt(name: str, group: int) ->
 def test_a_row_that_may_see_nothing_is_zero_and_not_nan() -> None:
     store, _ = filled([4, 4])
     q = torch.randn(1, 2, 1, DIM)
-    for one in BACKENDS.values():
+    for name in ("reference", *PLAIN):
+        one = BACKENDS[name]
         out = one.decode(q, store.ragged(), torch.tensor([[0], [4]]))
         assert out[0, 0].abs().sum() == 0
         assert out[0, 1].abs().sum() > 0
@@ -131,3 +139,27 @@ def test_a_row_that_may_see_nothing_is_zero_and_not_nan() -> None:
 def test_unknown_backend_is_answered_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"did you mean 'sdpa'.*reference"):
         resolve("spda")
+
+
+@pytest.mark.parametrize("before", [[], [900, 400, 30]])
+def test_a_store_settles_in_a_room_once_its_size_is_known(before: list[int]) -> None:
+    """Whatever it held before it was cut; where nothing has to move, nothing does."""
+    room = StickyRoom()
+    for _ in before[:1]:
+        RaggedStore(before, torch.empty(0, DIM), room=room)
+    store, contents = filled([700, 5, 130])
+    store.keep([torch.arange(0, 700, 7), torch.arange(5), torch.arange(130)])
+    store.settle(room)
+    contents[0] = contents[0][:, ::7]
+    assert_holds(store, contents)
+    assert store.moves == 0
+    assert store.keys.shape[0] == CHUNK * (room.size("granules", 0) if before else 6)
+    assert store.longest == CHUNK * room.size("longest", 0)
+    store.expect(1)
+    k, v = torch.randn(2, 3, 1, DIM)
+    store.append(k, v)
+    assert_holds(store, [torch.cat([old, torch.stack([k[s], v[s]])], 1) for s, old in enumerate(contents)])
+    plain, _ = filled([70, 5])
+    keys = plain.keys
+    plain.settle(Room())
+    assert plain.keys is keys

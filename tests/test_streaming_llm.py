@@ -202,7 +202,7 @@ def test_sinks_and_the_latest_stay_in_every_layer_and_the_size_with_them(sinks: 
         for state, size in zip(states, sizes, strict=True):
             expected = [i for i in range(n) if i < sinks or i >= n + t - (capacity - sinks)]
             assert all(head.tolist() == expected for head in state.kept()[0])
-            assert state._count_S.tolist() == [capacity] * HEADS
+            assert state.count_S.tolist() == [capacity] * HEADS
             state.step(*random_qkv(1, 1, seed=t), None)
             after = state.nbytes()["device"]
             assert after["payload"] == size["device"]["payload"]
@@ -221,7 +221,7 @@ def test_as_long_as_everything_fits_it_is_full_attention(positions: Positions) -
         everything = torch.ones(HEADS, t + 1, dtype=torch.bool)
         expected = attend_to(q[:, t], k[:, : t + 1], v[:, : t + 1], everything)
         torch.testing.assert_close(out[0, :, 0], expected, rtol=1e-4, atol=2e-5)
-    assert state._count_S.tolist() == [capacity] * HEADS
+    assert state.count_S.tolist() == [capacity] * HEADS
 
 
 def test_rolling_distances_are_those_of_slots() -> None:
@@ -230,7 +230,9 @@ def test_rolling_distances_are_those_of_slots() -> None:
     (state,) = layers_of([n], capacity, sinks=sinks, positions=Positions.rolling)
     state.prefill(*(x.unsqueeze(0) for x in at_positions(text, 0, n)), None)
     for t in range(n, 60):
-        order = state._order_SW.clone()
+        size = capacity + 1 - sinks
+        ring = [sinks + (t - n + slot) % size for slot in range(size)]
+        order = torch.tensor([*range(sinks), *ring])
         state.step(*(x.unsqueeze(0) for x in at_positions(text, t, t + 1)), None)
         attended = [*range(sinks), *range(t - (capacity - sinks), t + 1)]
         as_if_at = [t - (capacity - slot) for slot in range(capacity + 1)]
@@ -325,7 +327,6 @@ def test_every_tensor_of_the_state_is_counted(positions: Positions) -> None:
     state.prefill(*left_padded([text_of(n) for n in (500, 300)]))
     state.step(*random_qkv(2, 1, seed=8), None)
     tensors = [x for part in (state, state.store) for x in vars(part).values() if isinstance(x, Tensor)]
-    tensors += state.store._rows.values()
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     assert sum(state.nbytes()["device"].values()) == sum(storages.values())
 

@@ -6,53 +6,49 @@ the indices on the host, so the device would have to wait.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+PROGRAMS = 64
+"""Programs of a launch, at most: enough to keep PCIe busy, few enough to run beside other kernels."""
 
-def copy_rows(source: Tensor, rows: Tensor, target: Tensor, slots: Tensor, wanted: Tensor | None) -> None:
-    """target[slots[i]] = source[rows[i]] for each i that is wanted. No host synchronisation.
+
+def copy_rows(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    rows: Tensor,
+    slots: Tensor,
+    wanted: Tensor | None = None,
+    programs: int = PROGRAMS,
+    count: Tensor | None = None,
+) -> None:
+    """target[slots[i]] = source[rows[i]] for each i that is wanted and each pair. No host synchronisation.
 
     Args:
-        source: [N, D], on the target's device or in pinned host memory.
+        pairs: one or two (source [N, D], target [M, D]); a source is on the target's device or in pinned host
+            memory.
         rows: [R] int64 on the target's device.
-        target: [M, D].
-        slots: [R] int64, all different.
-        wanted: [R] bool, None for all.
+        slots: [R] int64; those of wanted rows are all different.
+        wanted: [R] bool, None for all. Rows and slots that are not wanted must exist all the same.
+        programs: how much of a GPU the copy may take.
+        count: an int64 number on the target's device; grows by the rows that were wanted.
     """
-    if source.device == target.device:
+    if rows.is_cuda:
+        from hcache.kernels.rows import copy_rows as launch
+
+        launch(pairs, rows, slots, wanted, programs, count)
+        return
+    if count is not None:
+        count += rows.numel() if wanted is None else wanted.sum()
+    if rows.numel() == 0:
+        return
+    if wanted is not None:
+        # What isn't wanted does again what the first wanted row does, or writes back what is there.
+        first, some = wanted.int().argmax().unsqueeze(0), wanted.any()
+        rows, slots = torch.where(wanted, rows, rows[first]), torch.where(wanted, slots, slots[first])
+    for source, target in pairs:
         fresh = source.index_select(0, rows)
         if wanted is not None:
-            fresh = torch.where(wanted.unsqueeze(1), fresh, target.index_select(0, slots))
+            fresh = torch.where(some, fresh, target.index_select(0, slots))
         target.index_copy_(0, slots, fresh)
-        return
-    count, dim = rows.numel(), source.shape[1]
-    if count:
-        everything = rows if wanted is None else wanted
-        _kernel()[(count,)](source, rows, target, slots, everything, dim, wanted is None, _power_of_two(dim))
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
-
-
-@cache
-def _kernel() -> Any:
-    """The Triton kernel, one program a row; compiled at its first use, so a CPU never needs Triton."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def kernel(source, rows, target, slots, wanted, dim, every: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]
-        i = tl.program_id(0)
-        column = tl.arange(0, width)
-        inside = column < dim
-        if not every:
-            inside = inside & (tl.load(wanted + i) != 0)
-        row = tl.load(source + tl.load(rows + i) * dim + column, mask=inside)
-        tl.store(target + tl.load(slots + i) * dim + column, row, mask=inside)
-
-    return kernel

@@ -7,13 +7,15 @@ Pads are never stored.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hcache.attention.backends import CHUNK, Backend, causal
 from hcache.attention.rope import Rope
+from hcache.cache.room import Held, Room
 from hcache.cache.store import RaggedStore
 
 Bytes = dict[str, dict[str, int]]
@@ -54,18 +56,42 @@ def latest_queries(q_BHqTD: Tensor, valid: Tensor | None, window: int) -> Tensor
     return torch.stack(rows)
 
 
-class LayerState(ABC):
+class Turn(NamedTuple):
+    """What the host knows of a coming step.
+
+    Args:
+        kind: steps of one kind do the same operations on the same tensors.
+        joins: background work that is under way must be done before it.
+        starts: background work begins after it.
+    """
+
+    kind: Hashable = 0
+    joins: bool = False
+    starts: bool = False
+
+
+class LayerState(Held, ABC):
     """The contract of one layer's memory (see the methods of the same names).
+
+    A step is `ready` (the host counts), `advance` (the device works) and, where the turn says so,
+    `background`. `step` does them one after the other; an engine captures `advance` and `background`, and
+    runs the latter beside later steps.
 
     Attributes:
         backend: attends; set by the cache before the first call.
         rope: the model's rotary embedding; set like the backend for methods that need it.
         reserve_tokens: tokens that will follow the prompt as far as known, so that nothing moves later.
+        room: rounds sizes and keeps buffers, where steps are captured; set like the backend.
+        pending: a later layer's prefill may still change this one.
     """
+
+    off_step: ClassVar[tuple[str, ...]] = ("_kept",)
 
     backend: Backend
     rope: Rope
     reserve_tokens: int = CHUNK
+    room: Room = Room()
+    pending: bool = False
 
     def attend_prompt(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """What the prompt's own tokens see [B, Hq, T, D], before `prefill`: exact causal attention."""
@@ -75,12 +101,30 @@ class LayerState(ABC):
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         """Keep what is to be kept of the prompt; the caller drops the rest."""
 
-    @abstractmethod
     def step(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-        """Append one token and attend. T is 1. Returns [B, Hq, 1, D].
+        """Append one token and attend. T is 1. Returns [B, Hq, 1, D]."""
+        turn = self.ready(valid is None)
+        out = self.advance(q, k, v, valid)
+        if turn.starts:
+            self.background()
+        return out
 
-        Shapes are fixed and nothing waits for the device, so that steps can be captured. Where there are
-        several kinds of step (room to be made, a window that ends) the host knows which by counting.
+    @abstractmethod
+    def ready(self, even: bool) -> Turn:
+        """Count one step and make room for it. Host only, unless something has to grow.
+
+        Args:
+            even: every sequence has a token in it.
+        """
+
+    @abstractmethod
+    def advance(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        """The step itself, after `ready`: fixed shapes, nothing waits for the device."""
+
+    def background(self) -> None:
+        """What a step leaves to be done before the next turn that joins; as `advance`, and beside steps.
+
+        Nothing that it writes is read by a step before that turn, and the other way round.
         """
 
     @abstractmethod
@@ -136,7 +180,7 @@ class StoreLayer(LayerState):
             self.choose(unpadded(q, valid, b), unpadded(k, valid, b), unpadded(v, valid, b), b) for b in batch
         ]
         lengths = [len(index) for kept in chosen for index in kept]
-        self.store = RaggedStore(lengths, like=k, spare=self.reserve_tokens)
+        self.store = self.new_store(lengths, k)
         for b, kept in enumerate(chosen):
             k_HnD, v_HnD = unpadded(k, valid, b), unpadded(v, valid, b)
             for h, index in enumerate(kept):
@@ -144,6 +188,10 @@ class StoreLayer(LayerState):
                 rows = slice(None) if len(index) == k_HnD.shape[1] else index
                 self.store.write(b * len(kept) + h, 0, k_HnD[h, rows], v_HnD[h, rows])
         self._kept = [on_host(kept) for kept in chosen]
+
+    def new_store(self, lengths: list[int], like: Tensor) -> RaggedStore:
+        """A store for segments of these lengths and what will follow."""
+        return RaggedStore(lengths, like, self.reserve_tokens, self.room, self.backend.granule)
 
     def choose(self, q: Tensor, k: Tensor, v: Tensor, sequence: int) -> list[Tensor]:
         """Positions to keep of one sequence (q [Hq, n, D], k and v [H, n, D]): H sorted tensors."""
@@ -153,10 +201,19 @@ class StoreLayer(LayerState):
             return [everything] * k.shape[0]
         return kept
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-        return self.extend(q, k, v, valid)
+    def ready(self, even: bool) -> Turn:
+        self.store.expect(1)
+        return Turn(self.store.moves)
+
+    def advance(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        return self._append(q, k, v, valid)
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        self.store.expect(k.shape[2])
+        return self._append(q, k, v, valid)
+
+    def _append(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        """Append tokens for which there is room, and attend to everything before each and itself."""
         heads = k.shape[1]
         segment_valid = None if valid is None else valid.repeat_interleave(heads, dim=0)
         limits = self.store.append(k.flatten(0, 1), v.flatten(0, 1), segment_valid)

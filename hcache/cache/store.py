@@ -6,20 +6,24 @@ Shapes: S = B*H segments, D head dim.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hcache.attention.backends import CHUNK, Ragged
+from hcache.cache.lane import lane_of
+from hcache.cache.room import Held, Room
+
+BEHIND = 2**30
+"""First slot of a chunk that belongs to no segment: behind every limit."""
 
 GROWTH = 4
 """A full store grows by at least a GROWTH-th of its longest segment, so appending stays linear overall."""
 
 
-def _chunks(tokens: int) -> int:
-    return -(-tokens // CHUNK)
-
-
-class RaggedStore:
+class RaggedStore(Held):
     """Flat [slots, D] buffers for K and V, and a length per segment kept on the device.
 
     Segment s owns whole chunks from `offsets[s]` on (`first` on the device). Slots beyond a segment's length
@@ -29,39 +33,48 @@ class RaggedStore:
         lengths: tokens of each of the S segments, sequence-major (s = b * H + h); the caller writes them.
         like: a tensor whose device, dtype and last dimension (D) the buffers take.
         spare: tokens that can be appended to every segment before the store must grow.
+        room: rounds sizes, where steps are captured.
+        granule: segments begin and end on multiples of so many slots, a multiple of CHUNK.
+
+    Attributes:
+        moves: how often the buffers have moved.
     """
 
-    def __init__(self, lengths: list[int], like: Tensor, spare: int = CHUNK) -> None:
+    off_step = ("offsets",)
+
+    def __init__(
+        self,
+        lengths: list[int],
+        like: Tensor,
+        spare: int = CHUNK,
+        room: Room | None = None,
+        granule: int = CHUNK,
+    ) -> None:
         self._bounds = list(lengths)
         self._device, self._dtype, self._dim = like.device, like.dtype, like.shape[-1]
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device=self._device)
-        self._spare = spare
+        self._spare, self._room, self._granule = spare, room or Room(), granule
+        self.moves = -1
         self._allocate(spare)
 
     def _allocate(self, spare: int) -> None:
         """Fresh zeroed buffers with room for `spare` tokens more than each segment's bound."""
-        chunks = [max(1, _chunks(bound + spare)) for bound in self._bounds]
-        self.offsets = [CHUNK * sum(chunks[:s]) for s in range(len(chunks))]
-        self._capacity = [CHUNK * count for count in chunks]
-        shape = (sum(self._capacity), self._dim)
-        self.keys = torch.zeros(shape, dtype=self._dtype, device=self._device)
-        self.values = torch.zeros(shape, dtype=self._dtype, device=self._device)
-        owner = torch.repeat_interleave(torch.arange(len(chunks)), torch.tensor(chunks))
-        start = torch.cat([torch.arange(count) for count in chunks]) * CHUNK
-        self._owner, self._start = owner.to(self._device), start.to(self._device)
-        self.first = torch.tensor(self.offsets, device=self._device)
-        self._rows: dict[tuple[int, ...], Tensor] = {}
-
-    def rows(self, counts: list[int]) -> Tensor:
-        """Rows in the flat buffers of the first `counts[s]` slots of each segment, in order: int64.
-
-        Made once for the same counts until the buffers move, so that a step can ask without synchronising.
-        """
-        key = tuple(counts)
-        if key not in self._rows:
-            spans = [torch.arange(first, first + n) for first, n in zip(self.offsets, counts, strict=True)]
-            self._rows[key] = torch.cat(spans).to(self._device)
-        return self._rows[key]
+        self.moves += 1
+        granules = [max(1, -(-(bound + spare) // self._granule)) for bound in self._bounds]
+        self._capacity = [self._granule * count for count in granules]
+        self.offsets = [0, *accumulate(self._capacity)][:-1]
+        total = self._granule * self._room.size("granules", sum(granules))
+        self.longest = self._granule * self._room.size("longest", max(granules))
+        self.keys = torch.zeros(total, self._dim, dtype=self._dtype, device=self._device)
+        self.values = torch.zeros_like(self.keys)
+        chunks = torch.tensor(self._capacity) // CHUNK
+        owner = torch.arange(len(granules)).repeat_interleave(chunks)
+        first = torch.tensor(self.offsets)
+        start = torch.arange(len(owner)) * CHUNK - first[owner]
+        rest = total // CHUNK - len(owner)
+        self._owner = F.pad(owner, (0, rest), value=len(granules) - 1).to(self._device)
+        self._start = F.pad(start, (0, rest), value=BEHIND).to(self._device)
+        self.first = first.to(self._device)
 
     def write(self, segment: int, slot: int, keys: Tensor, values: Tensor) -> None:
         """Overwrite slots [slot, slot + len) of a segment; lengths stay."""
@@ -79,10 +92,15 @@ class RaggedStore:
         old, self._bounds = self._bounds, bounds
         if all(bound <= capacity for bound, capacity in zip(bounds, self._capacity, strict=True)):
             return
+        lane_of(self._device, "background").join()  # which may be writing into the buffers
         keys, values, offsets = self.keys, self.values, self.offsets
         self._allocate(max(CHUNK, max(bounds) // GROWTH))
         for s, (first, bound) in enumerate(zip(offsets, old, strict=True)):
             self.write(s, 0, keys[first : first + bound], values[first : first + bound])
+
+    def expect(self, tokens: int) -> None:
+        """Make room for so many more tokens in every segment. Knows of no token but those it was told of."""
+        self.grow([bound + tokens for bound in self._bounds])
 
     def keep(self, slots: list[Tensor]) -> None:
         """Keep these slots of each segment, in this order, and free the rest: the buffers shrink."""
@@ -96,17 +114,22 @@ class RaggedStore:
     def append(self, k_STD: Tensor, v_STD: Tensor, valid_ST: Tensor | None = None) -> Tensor:
         """Append T tokens to every segment; tokens that are not valid leave no trace.
 
-        Fixed shapes and no host synchronisation once there is room.
+        The caller has made room with `expect`. Fixed shapes, no host synchronisation.
 
         Args:
             k_STD, v_STD: [S, T, D].
             valid_ST: [S, T] bool, None where all are.
 
         Returns:
-            limits [S, T] int64: slots that token t of segment s may attend to, itself included.
+            limits [S, T], integers: slots that token t of segment s may attend to, itself included. Good
+            until the next call.
         """
         segments, tokens, _ = k_STD.shape
-        self.grow([bound + tokens for bound in self._bounds])
+        if tokens == 1 and valid_ST is None and k_STD.is_cuda:
+            from hcache.kernels.append import append
+
+            append(k_STD[:, 0], v_STD[:, 0], self.keys, self.values, self.first, self.lengths)
+            return self.lengths.unsqueeze(1)
         if valid_ST is None:
             ahead = torch.arange(1, tokens + 1, device=self._device).expand(segments, tokens)
         else:
@@ -149,6 +172,22 @@ class RaggedStore:
         self.values.index_copy_(0, index, v_SD)
         self.lengths.copy_(longer)
 
+    def settle(self, room: Room) -> None:
+        """Take the sizes of this room from now on, once what the store is to hold is known.
+
+        The buffers move to do so, unless they have these sizes; it counts as the first place they have.
+        """
+        self._room, self.moves = room, 0
+        granules = [slots // self._granule for slots in self._capacity]
+        total = self._granule * room.size("granules", sum(granules))
+        longest = self._granule * room.size("longest", max(granules))
+        if (total, longest) == (self.keys.shape[0], self.longest):
+            return
+        keys, values, offsets, self.moves = self.keys, self.values, self.offsets, -1
+        self._allocate(self._spare)
+        for s, (first, bound) in enumerate(zip(offsets, self._bounds, strict=True)):
+            self.write(s, 0, keys[first : first + bound], values[first : first + bound])
+
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's key and value in one segment."""
@@ -156,12 +195,12 @@ class RaggedStore:
 
     def ragged(self) -> Ragged:
         """The store as the attention backends read it."""
-        return Ragged(self.keys, self.values, self._owner, self._start, self.offsets)
+        return Ragged(self.keys, self.values, self._owner, self._start, self.first, self.longest)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of the live buffers: payload (K, V of stored tokens), metadata, reserved (unused slots)."""
         payload = int(self.lengths.sum()) * self.token_bytes
-        tables = (self.lengths, self._owner, self._start, self.first, *self._rows.values())
+        tables = (self.lengths, self._owner, self._start, self.first)
         buffers = self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
         metadata = sum(t.untyped_storage().nbytes() for t in tables)
         return {"payload": payload, "metadata": metadata, "reserved": buffers - payload}

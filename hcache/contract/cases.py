@@ -33,6 +33,7 @@ class Case:
         layers: of the tiny models; more where that is what makes the tests' budgets feasible.
         grain: tokens on average that a budget may leave unspent: one where it is tokens, a chunk or page
             where those are what is kept.
+        divided_by_scores: how much a layer or head keeps goes by the prompt's own scores.
         label: names the case where one method has several.
     """
 
@@ -43,6 +44,7 @@ class Case:
     dense_follow_ups: bool = False
     layers: int = 2
     grain: int = 1
+    divided_by_scores: bool = False
     label: str = ""
 
     def model(self, family: str = "llama", kv_heads: int = 4) -> PreTrainedModel:
@@ -74,9 +76,11 @@ CASES = [
     Case("streaming_llm", {"prefill": Prefill.streaming}, label="streaming-stream"),
     Case("h2o"),
     Case("snapkv", {"window": 4}),
-    Case("snapkv", {"window": 4, "allocation": "adaptive"}, label="snapkv-adaptive"),
+    Case(
+        "snapkv", {"window": 4, "allocation": "adaptive"}, divided_by_scores=True, label="snapkv-adaptive"
+    ),
     Case("pyramidkv", {"window": 4}),
-    Case("cake", {"window": 4}),
+    Case("cake", {"window": 4}, divided_by_scores=True),
     Case("random", {"recent": 4}),
     Case(
         "quest",

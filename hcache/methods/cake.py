@@ -17,17 +17,20 @@ defaults for others.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from hcache.allocation import Allocation, Preference
 from hcache.geometry import Geometry
-from hcache.methods.eviction import ConstantLayer, EvictionLayer, Plan
+from hcache.methods.eviction import EvictionLayer, Plan, RankedLayer
 from hcache.methods.registry import register
 from hcache.methods.snapkv import WindowMethod
-from hcache.scoring import pool, reduce_group, window_rows
+from hcache.scoring import Group, Pooling, pool, reduce_group, window_rows
+
+if TYPE_CHECKING:
+    from hcache.kernels.evict import Judging
 
 
 @register("cake")
@@ -66,19 +69,26 @@ class Cake(WindowMethod):
         return self.smooth(reduce_group(torch.stack(indicators_HGn), self.group))
 
     def slot_bytes(self, geometry: Geometry, number_bytes: int) -> int:
-        return super().slot_bytes(geometry, number_bytes) + ConstantLayer.PLACE_BYTES
+        return super().slot_bytes(geometry, number_bytes) + RankedLayer.PLACE_BYTES
 
     def layer_state(self, layer: int, plans: list[Plan], earlier: list[EvictionLayer]) -> CakeLayer:
         return CakeLayer(self, layer, plans, earlier)
 
 
-class CakeLayer(ConstantLayer):
+class CakeLayer(RankedLayer):
     """Evicts by the newest token's own attention, pooled over neighbours in text order; the window stays."""
 
     _method: Cake
 
-    def rate(self, row_SGW: Tensor) -> Tensor:
+    def rate(self, row_SGW: Tensor, newest_S: Tensor) -> Tensor:
         rule = self._method
-        before_S = (self._count_S + 1 - self._protected_S).unsqueeze(1)
+        before_S = (newest_S + 1 - self._protected_S).unsqueeze(1)
         prefix_SW = reduce_group(row_SGW, rule.group).masked_fill_(self._places() >= before_S, 0.0)
         return pool(prefix_SW, rule.kernel, rule.pooling)
+
+    def judging(self, group: int) -> Judging:
+        from hcache.kernels.evict import Judging
+
+        rule = self._method
+        divisor = group if rule.group is Group.mean else 1
+        return Judging(rule.group is Group.max, divisor, rule.kernel, rule.pooling is Pooling.max)

@@ -1,9 +1,9 @@
 """ShadowKV while decoding: each step brings the chunks of the prompt that its query needs into a buffer.
 
 Source: ShadowKV, ICML 2025, arXiv 2410.21465 (section 4). A query is scored against one landmark a chunk,
-the mean of its keys after RoPE. Keys of the best chunks are rebuilt from their factors, values come from host
-memory; a chunk that is in the buffer already stays in its slot, and its values don't move again. A segment of
-the store holds [selected | outliers | local tail | generated].
+the mean of its keys after RoPE. Keys of the best chunks are rebuilt from their factors while their values
+come from host memory; a chunk that is in the buffer already stays in its slot, and nothing of it moves again.
+A segment of the store holds [selected | outliers | local tail | generated].
 
 Shapes: B batch, Hq query heads, H KV heads, G = Hq/H, S = B*H segments, D head dim, n prompt tokens, s tokens
 of a chunk, C chunks of a prompt, L landmarks and M selected chunks of the sequence that has most, o outliers
@@ -18,10 +18,14 @@ import torch
 from torch import Tensor
 
 from hcache.attention.backends import to_segments
+from hcache.cache.exchange import Changed, best, exchange, fetch
+from hcache.cache.lane import lane_of
 from hcache.cache.offload import HostRows
+from hcache.cache.room import Held, Room
 from hcache.cache.state import (
     Bytes,
     StoreLayer,
+    Turn,
     add_bytes,
     latest_queries,
     no_bytes,
@@ -30,7 +34,7 @@ from hcache.cache.state import (
     storage_bytes,
     unpadded,
 )
-from hcache.cache.store import RaggedStore
+from hcache.kernels.fused import fused
 from hcache.methods.low_rank import KeyFactors
 
 
@@ -56,7 +60,7 @@ class ChunkPlan:
         return self.chunks - self.outliers
 
 
-class Landmarks:
+class Landmarks(Held):
     """Mean keys of the chunks of one layer, by which a query finds the chunks it needs.
 
     Landmark j of a segment is that of its j-th chunk that is no outlier.
@@ -64,16 +68,21 @@ class Landmarks:
     Args:
         plans: one a sequence.
         like: k [B, H, T, D], whose dtype the landmarks take.
+        room: rounds sizes, where steps are captured.
+
+    Attributes:
+        most: L; no landmark has this number.
     """
 
-    def __init__(self, plans: list[ChunkPlan], like: Tensor) -> None:
+    def __init__(self, plans: list[ChunkPlan], like: Tensor, room: Room) -> None:
         heads, device = like.shape[1], like.device
         counts = [plan.landmarks for plan in plans for _ in range(heads)]
-        outliers = max(plan.outliers for plan in plans)
-        self.most = max(counts)
+        outliers = room.size("outliers", max(1, *(plan.outliers for plan in plans)))
+        self.most = room.size("landmarks", max(counts))
         self._numbers = sum(counts) * like.shape[-1]
         self._means_SLD = like.new_zeros(len(counts), self.most, like.shape[-1])
-        self._counts_S = torch.tensor(counts, device=device)
+        self._counts_S = torch.tensor(counts, dtype=torch.int32, device=device)
+        self._first_S = torch.arange(len(counts), device=device) * self.most
         behind = torch.iinfo(torch.int32).max
         # Landmarks before each outlier: chunk numbers come from these, which are few, and needn't be stored.
         self._before_So = torch.full((len(counts), outliers), behind, dtype=torch.int32, device=device)
@@ -87,31 +96,36 @@ class Landmarks:
         ahead = torch.arange(len(outliers_o), device=outliers_o.device)
         self._before_So[segment, : len(outliers_o)] = (outliers_o - ahead).int()
 
-    def best(self, q: Tensor, count: int) -> Tensor:
-        """The `count` best landmarks [S, count] of one query a head (q [B, Hq, 1, D]), best first.
+    def shares(self, q: Tensor) -> Tensor:
+        """Logarithms [S, L] of the shares that the landmarks have of one query a head (q [B, Hq, 1, D]).
 
-        The softmax is each query head's own; the largest share in the group counts. Where a segment has
-        fewer landmarks than `count`, the rest is arbitrary.
+        The softmax is each query head's own; the largest share in the group counts. What stands behind a
+        segment's landmarks is no larger than they are.
         """
-        rows_SGD = to_segments(q, self._means_SLD.shape[0]).float()
-        logits_SGL = rows_SGD @ self._means_SLD.float().transpose(1, 2) * q.shape[-1] ** -0.5
-        missing_SL = torch.arange(self.most, device=q.device) >= self._counts_S.unsqueeze(1)
-        # Not -inf: a segment without any landmark would turn to NaN.
-        logits_SGL.masked_fill_(missing_SL.unsqueeze(1), torch.finfo(torch.float32).min)
+        rows_SGD, scale = to_segments(q, self._means_SLD.shape[0]), q.shape[-1] ** -0.5
+        if fused(q):
+            from hcache.kernels.scan import scan
+
+            means = self._means_SLD.flatten(0, 1)
+            logits_SGL = scan(rows_SGD, means, self._first_S, self._counts_S, self.most, scale=scale)
+        else:
+            logits_SGL = rows_SGD.float() @ self._means_SLD.float().transpose(1, 2) * scale
+            missing_SL = torch.arange(self.most, device=q.device) >= self._counts_S.unsqueeze(1)
+            # Not -inf: a segment without any landmark would turn to NaN.
+            logits_SGL.masked_fill_(missing_SL.unsqueeze(1), torch.finfo(torch.float32).min)
         # Logarithms order as shares do, but small shares don't all round to the same zero.
-        shares_SL = logits_SGL.log_softmax(-1).amax(1)
-        return shares_SL.sort(dim=1, descending=True, stable=True).indices[:, :count]
+        return logits_SGL.log_softmax(-1).amax(1)
 
     def chunks(self, landmarks_SM: Tensor) -> Tensor:
         """The chunk numbers that these landmarks (int32) stand for."""
-        return landmarks_SM + torch.searchsorted(self._before_So, landmarks_SM, right=True)
+        return landmarks_SM + torch.searchsorted(self._before_So, landmarks_SM, out_int32=True, right=True)
 
     def nbytes(self) -> Bytes:
         """Bytes of the landmarks and their tables; padding is reserve."""
         total, payload = no_bytes(), self._numbers * self._means_SLD.element_size()
         total["device"] = {
             "payload": payload,
-            "metadata": storage_bytes(self._counts_S, self._before_So),
+            "metadata": storage_bytes(self._counts_S, self._first_S, self._before_So),
             "reserved": storage_bytes(self._means_SLD) - payload,
         }
         return total
@@ -133,36 +147,32 @@ class ShadowLayer(StoreLayer):
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         batch, heads, width, _ = k.shape
         counts = [width] * batch if valid is None else valid.sum(1).tolist()
-        self._heads = heads
+        self._heads, self._even_steps, self._settled = heads, 0, False
         self._allocate(counts, k)
         self._kept = [
             on_host(self._keep(b, unpadded(k, valid, b), unpadded(v, valid, b))) for b in range(batch)
         ]
-        self._held_SM = self._best(latest_queries(q, valid, 1)).int()
-        self._fill(~self._unused())
-        self._moved_by_prompt = self._host.moved_bytes
+        self._held_SM = self._best(latest_queries(q, valid, 1))
+        self._fill([unpadded(v, valid, b) for b in range(batch)])
 
     def _allocate(self, counts: list[int], like: Tensor) -> None:
         """Empty buffers for prompts of these lengths."""
-        plans, size, heads = self._plans, self._chunk, self._heads
+        plans, size, heads, room = self._plans, self._chunk, self._heads, self.room
         covered = [plan.chunks * size for plan in plans]
         lengths = [
             n - rows + (plan.selected + plan.outliers) * size
             for n, rows, plan in zip(counts, covered, plans, strict=True)
         ]
-        self.store = RaggedStore(_each(lengths, heads), like, spare=self.reserve_tokens)
-        self._host = HostRows(_each(covered, heads), like, keys=False, enabled=self._offload)
+        self.store = self.new_store(_each(lengths, heads), like)
+        self._host = HostRows(_each(covered, heads), like, keys=False, enabled=self._offload, room=room)
         rows = [n if plan.rank else 0 for n, plan in zip(counts, plans, strict=True)]
-        self._factors = KeyFactors(rows, [plan.rank for plan in plans], like, self.rope)
-        self._landmarks = Landmarks(plans, like)
+        self._factors = KeyFactors(rows, [plan.rank for plan in plans], like, self.rope, room)
+        self._landmarks = Landmarks(plans, like, room)
         selected = _each([plan.selected for plan in plans], heads)
-        self._most = max(selected)
-        self._selected_S = torch.tensor(selected, device=like.device)
-        used = [s * self._most + m for s, count in enumerate(selected) for m in range(count)]
-        everywhere = len(used) == len(selected) * self._most
-        self._used = None if everywhere else torch.tensor(used, dtype=torch.int32, device=like.device)
-        self._hits = torch.zeros((), dtype=torch.int64, device=like.device)
-        self._asked = torch.zeros_like(self._hits)
+        self._most = room.size("selected", max(selected))
+        self._selected_S = torch.tensor(selected, dtype=torch.int32, device=like.device)
+        self._missed_S = torch.zeros(len(selected), dtype=torch.int64, device=like.device)
+        self._fed_S = torch.zeros_like(self._missed_S)
 
     def _keep(self, sequence: int, k_HnD: Tensor, v_HnD: Tensor) -> list[Tensor]:
         """Store all but the selection of one sequence; the positions that stay whatever is selected."""
@@ -181,70 +191,55 @@ class ShadowLayer(StoreLayer):
             self.store.write(segment, plan.selected * size, k_nD[always[h]], v_nD[always[h]])
         return always
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-        valid_S1 = None if valid is None else valid.repeat_interleave(self._heads, dim=0)
+    def _fill(self, values: list[Tensor]) -> None:
+        """The chunks that the prompt selects, from its values [H, n, D] a sequence."""
+        chunks_SM, width = self._chunks(), self._held_SM.shape[1]
+        everywhere_SM = torch.arange(width, dtype=torch.int32, device=chunks_SM.device).repeat(
+            len(chunks_SM), 1
+        )
+        self._factors.restore(self.store, chunks_SM, Changed(everywhere_SM, self._selected_S), self._chunk)
+        for b, (plan, v_HnD) in enumerate(zip(self._plans, values, strict=True)):
+            for s, v_nD in enumerate(v_HnD, b * self._heads):
+                positions = chunk_positions(chunks_SM[s, : plan.selected], self._chunk).flatten()
+                self.store.read(s, len(positions))[1].copy_(v_nD[positions])
+
+    def ready(self, even: bool) -> Turn:
+        if not self._settled:
+            self._host.settle()
+            self._settled = True
+        self._even_steps += even
+        return super().ready(even)
+
+    def advance(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        valid_S = None if valid is None else valid[:, 0].repeat_interleave(self._heads, dim=0)
+        if valid_S is not None:
+            self._fed_S += valid_S
+        changed = exchange(self._held_SM, self._best(q), self._landmarks.most, self._missed_S, valid_S)
+        chunks_SM = self._chunks()
+        lane = lane_of(k.device, "fetch0")
+        with lane.beside(chunks_SM, *changed):
+            fetch(self._host, self.store, chunks_SM, changed, self._chunk)
+        self._factors.restore(self.store, chunks_SM, changed, self._chunk)
+        valid_S1 = None if valid_S is None else valid_S.unsqueeze(1)
         limits = self.store.append(k.flatten(0, 1), v.flatten(0, 1), valid_S1)
-        self._exchange(q, valid_S1)
+        lane.join()
         return self.backend.decode(q, self.store.ragged(), limits)
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """Token by token: each selects its own chunks."""
         return one_by_one(self, q, k, v, valid)
 
-    def _exchange(self, q: Tensor, valid_S1: Tensor | None) -> None:
-        """Exchange the chunks that the query doesn't want for those it misses, slot by slot."""
-        best_SM, held_SM = self._best(q), self._held_SM.long()
-        leaving_SM = ~self._marks(best_SM).gather(1, held_SM)
-        coming_SM = ~self._marks(held_SM).gather(1, best_SM)
-        if valid_S1 is not None:
-            leaving_SM = leaving_SM & valid_S1
-        # As many come as leave: the k-th slot that is left takes the k-th newcomer.
-        newcomers_SM = best_SM.gather(1, coming_SM.int().sort(dim=1, descending=True, stable=True).indices)
-        turn_SM = (leaving_SM.cumsum(1) - 1).clamp_min(0)
-        self._held_SM.copy_(torch.where(leaving_SM, newcomers_SM.gather(1, turn_SM), held_SM))
-        self._fill(leaving_SM)
-        asked_SM = ~self._unused() if valid_S1 is None else ~self._unused() & valid_S1
-        self._asked += asked_SM.sum()
-        self._hits += (asked_SM & ~leaving_SM).sum()
-
-    def _unused(self) -> Tensor:
-        """[S, M] bool, slots that a sequence with a smaller selection leaves empty."""
-        return torch.arange(self._most, device=self._selected_S.device) >= self._selected_S.unsqueeze(1)
-
     def _best(self, q: Tensor) -> Tensor:
-        """The landmarks [S, M] that a query selects; unused slots hold one that doesn't exist."""
-        return self._landmarks.best(q, self._most).masked_fill(self._unused(), self._landmarks.most)
+        """The landmarks [S, M] int32 that a query selects; unused slots hold one that doesn't exist."""
+        return best(self._landmarks.shares(q), self._selected_S, self._most)
 
-    def _marks(self, landmarks_SM: Tensor) -> Tensor:
-        """[S, L + 1] bool, True where a landmark is listed; the last stands for unused slots."""
-        shape = (landmarks_SM.shape[0], self._landmarks.most + 1)
-        return torch.zeros(shape, dtype=torch.bool, device=landmarks_SM.device).scatter_(
-            1, landmarks_SM, True
-        )
-
-    def _fill(self, missing_SM: Tensor) -> None:
-        """Write the chunks that are held but missing into their slots: keys rebuilt, values fetched."""
-        held_SM = self._landmarks.chunks(self._held_SM).masked_fill(self._unused(), 0)
-        positions_SR = chunk_positions(held_SM, self._chunk).flatten(1)
-        slots_SR = self.store.rows([1] * len(positions_SR)).unsqueeze(1) + torch.arange(
-            positions_SR.shape[1], device=positions_SR.device
-        )
-        slots = self._packed(slots_SR)
-        rows = self._packed(self._host.first.unsqueeze(1) + positions_SR)
-        missing = self._packed(missing_SM.repeat_interleave(self._chunk, dim=1))
-        self._host.load(rows, self.store, slots, missing)
-        # All are rebuilt, since shapes are fixed, and the missing ones written.
-        keys = self._packed(self._factors.rebuild(positions_SR))
-        before = self.store.keys.index_select(0, slots)
-        self.store.keys.index_copy_(0, slots, torch.where(missing.unsqueeze(1), keys, before))
-
-    def _packed(self, grid: Tensor) -> Tensor:
-        """[S, M*s, ...] -> [rows, ...], without the rows of unused slots: they have no place in the store."""
-        chunks = grid.unflatten(1, (self._most, self._chunk)).flatten(0, 1)
-        return (chunks if self._used is None else chunks.index_select(0, self._used)).flatten(0, 1)
+    def _chunks(self) -> Tensor:
+        """The chunk in each slot [S, M] int32, chunk 0 in those that a smaller selection leaves unused."""
+        unused_SM = self._held_SM == self._landmarks.most
+        return self._landmarks.chunks(self._held_SM).masked_fill(unused_SM, 0)
 
     def kept(self) -> list[list[Tensor]]:
-        chunks_SM = self._landmarks.chunks(self._held_SM).cpu()
+        chunks_SM = self._chunks().cpu()
         found = []
         for b, (plan, always) in enumerate(zip(self._plans, self._kept, strict=True)):
             rows = chunks_SM[b * self._heads : (b + 1) * self._heads, : plan.selected]
@@ -257,17 +252,18 @@ class ShadowLayer(StoreLayer):
         total = super().nbytes()
         for part in (self._host, self._factors, self._landmarks):
             total = add_bytes(total, part.nbytes())
-        total["device"]["metadata"] += storage_bytes(self._held_SM, self._selected_S, self._hits, self._asked)
-        if self._used is not None:
-            total["device"]["metadata"] += storage_bytes(self._used)
+        tables = (self._held_SM, self._selected_S, self._missed_S, self._fed_S)
+        total["device"]["metadata"] += storage_bytes(*tables)
         return total
 
     def counters(self) -> dict[str, float]:
         """A chunk is a hit if the step before had selected it already."""
+        asked = int(((self._fed_S + self._even_steps) * self._selected_S).sum())
+        missed = int(self._missed_S.sum())
         return {
-            "chunk_hits": int(self._hits),
-            "chunks_selected": int(self._asked),
-            "host_to_device_bytes": self._host.moved_bytes - self._moved_by_prompt,
+            "chunk_hits": asked - missed,
+            "chunks_selected": asked,
+            "host_to_device_bytes": missed * self._chunk * self._host.row_bytes * self._offload,
         }
 
 

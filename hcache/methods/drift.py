@@ -4,24 +4,45 @@ Source: HeteroCache, arXiv 2601.13684 (drift monitoring and asynchronous retriev
 sequence, each pivot's last queries are scored over its own prompt keys. The overlap of their top `base`
 positions with the pivot's reference set is taken, query by query; when the median falls below the threshold,
 the reference becomes the last query's set and each satellite's resident prompt tokens become that query's top
-positions. Overlap, decision and refresh stay on the device: a decision is a flag there, under which the same
-operations write or leave what they find.
+positions.
+
+A step collects the pivots' queries, and sets those of a full window aside. All else is background work, which
+may run beside the steps before the token that is the first to see its outcome: scores, decision, and fetching
+rows. With `visible_after` 1 there is no such step and rows go straight into the store; otherwise they wait in
+a staging buffer, and the step that is the first to see them copies them from there.
+
+Everything stays on the device: a decision is a flag there, under which the same operations write or leave
+what they find. Tables have the sizes that the layer's room gives, and what differs between prompts is in
+them, not in Python, so that steps captured once serve other prompts too.
 
 Shapes: B batch, T tokens of this call, Hq query heads, H KV heads, G = Hq/H, S = B*H segments, D head dim,
-n prompt tokens, W steps, P pivots and Q satellites of all sequences, R rows of all satellites together.
+n prompt tokens and N room for them, W steps, P pivots and Q satellites of all sequences, K room for the
+resident tokens of one satellite.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hcache.cache.gather import copy_rows
 from hcache.cache.offload import HostRows
-from hcache.cache.state import Bytes, StoreLayer, add_bytes, one_by_one, storage_bytes
+from hcache.cache.room import Held, Room
+from hcache.cache.state import Bytes, StoreLayer, Turn, add_bytes, one_by_one, storage_bytes
+from hcache.kernels.fused import fused
 from hcache.scoring import Group, Pooling, pool, reduce_group, top_positions, window_attention
+
+DELIVERY_PROGRAMS = 1024
+"""Programs that copy staged rows into the store: the step waits for them, they may take the whole device."""
+
+MOST_ROWS = 64
+"""Query rows that one scan takes (hcache.kernels.scan)."""
+
+BEHIND = -1.0
+"""Score of positions behind a prompt: below every score, which are sums of shares of attention."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +56,20 @@ class DriftRule:
     steps: int
     threshold: float
     visible_after: int
+    drift_every: int | None = None
 
     def smooth(self, attention_HGn: Tensor) -> Tensor:
         """[H, G, n] attention to [H, n] scores: pooled over neighbours, then joined over the group."""
         return reduce_group(pool(attention_HGn, self.kernel, self.pooling), self.group)
+
+    def drifted(self, overlap_PW: Tensor, windows_P: Tensor) -> Tensor:
+        """Whether each pivot [P] has drifted in its window number `windows_P` (the first is 1)."""
+        if self.drift_every is not None:
+            every = self.drift_every
+            return windows_P % every == 0 if every else torch.zeros_like(windows_P, dtype=torch.bool)
+        ordered_PW = overlap_PW.sort(dim=1).values
+        middle, last = (self.steps - 1) // 2, self.steps // 2
+        return (ordered_PW[:, middle] + ordered_PW[:, last]) / 2 < self.threshold
 
 
 @dataclass(frozen=True)
@@ -64,21 +95,65 @@ class LayerPlan:
         return {pivot: members for pivot, members in partial.items() if members}
 
 
-@dataclass(frozen=True)
-class Pivot:
-    """One pivot of one sequence under observation.
+class Kind(NamedTuple):
+    """Steps of one kind do the same operations on the same tensors.
 
     Args:
-        segment: its own in the store; it holds the whole prompt.
-        tokens: of the prompt, n.
-        base: size of its reference set.
-        satellites: their places among all satellites of the layer, Q.
+        moves: of the store.
+        delivers: staged rows may go into the store.
+        even: every sequence has a token in it.
     """
 
-    segment: int
-    tokens: int
-    base: int
-    satellites: list[int]
+    moves: int
+    delivers: bool
+    even: bool
+
+
+class Staging(Held):
+    """Rows that have been fetched and that no step sees yet, [Q * K, D]; the room's."""
+
+    def __init__(self, rows: int, like: Tensor, room: Room) -> None:
+        shape = (rows, like.shape[-1])
+        self.keys = room.buffer("staged_keys", shape, like)
+        self.values = room.buffer("staged_values", shape, like)
+
+
+class Watch(Held):
+    """Who watches for whom, on the device.
+
+    Args:
+        pivots: sequence and head of each pivot.
+        satellites: sequence, head and pivot (its place among them) of each satellite.
+        sizes: resident tokens of each satellite.
+        tokens: prompt tokens of each sequence.
+        bases: size of the reference sets of each sequence.
+        heads: KV heads.
+    """
+
+    def __init__(
+        self,
+        pivots: list[tuple[int, int]],
+        satellites: list[tuple[int, int, int]],
+        sizes: list[int],
+        tokens: list[int],
+        bases: list[int],
+        heads: int,
+        device: torch.device,
+    ) -> None:
+        def table(numbers: list[int]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+        self.segment_P = table([b * heads + head for b, head in pivots])
+        self.sequence_P = table([b for b, _ in pivots])
+        self.tokens_P = table([tokens[b] for b, _ in pivots])
+        self.base_P = table([bases[b] for b, _ in pivots])
+        self.segment_Q = table([b * heads + head for b, head, _ in satellites])
+        self.pivot_Q = table([pivot for *_, pivot in satellites])
+        self.sizes_Q = table(sizes)
+
+    def tables(self) -> list[Tensor]:
+        """All of it."""
+        return list(vars(self).values())
 
 
 class HeteroLayer(StoreLayer):
@@ -93,24 +168,26 @@ class HeteroLayer(StoreLayer):
     def __init__(self, plans: list[LayerPlan], rule: DriftRule, offload: bool = True) -> None:
         super().__init__()
         self._plans, self._rule, self._offload = plans, rule, offload
+        self._fed, self._even = 0, True
+        self._delivers = False
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         batch, heads = k.shape[:2]
-        tokens = [k.shape[2]] * batch if valid is None else valid.sum(1).tolist()
-        watched = [plan.watched(n) for plan, n in zip(self._plans, tokens, strict=True)]
-        satellites = [sorted(head for members in pivots.values() for head in members) for pivots in watched]
-        self._satellites = [b * heads + head for b in range(batch) for head in satellites[b]]
-        place = {segment: i for i, segment in enumerate(self._satellites)}
-        self._pivots = [
-            Pivot(b * heads + pivot, tokens[b], self._plans[b].base, [place[b * heads + h] for h in members])
-            for b in range(batch)
-            for pivot, members in watched[b].items()
-        ]
-        waiting = [tokens[s // heads] if s in place else 0 for s in range(batch * heads)]
-        self._host = HostRows(waiting, like=k, enabled=self._offload)
+        self._tokens = [k.shape[2]] * batch if valid is None else valid.sum(1).tolist()
+        watched = [plan.watched(n) for plan, n in zip(self._plans, self._tokens, strict=True)]
+        self._pivots = [(b, pivot) for b in range(batch) for pivot in watched[b]]
+        self._satellites = sorted(
+            (b, head, p) for p, (b, pivot) in enumerate(self._pivots) for head in watched[b][pivot]
+        )
+        waiting = [0] * (batch * heads)
+        for b, head, _ in self._satellites:
+            waiting[b * heads + head] = self._tokens[b]
+        self._host = HostRows(waiting, like=k, enabled=self._offload, room=self.room)
         self._references: list[Tensor] = []
         super().prefill(q, k, v, valid)
-        self._make_tables(q, heads)
+        if self._pivots:
+            self._make_tables(q, heads)
+        self._references.clear()
 
     def choose(self, q: Tensor, k: Tensor, v: Tensor, sequence: int) -> list[Tensor]:
         plan, tokens = self._plans[sequence], k.shape[1]
@@ -119,7 +196,7 @@ class HeteroLayer(StoreLayer):
             return [everything] * k.shape[0]
         scores = self._rule.smooth(window_attention(q, k, self._rule.window))
         for pivot, members in plan.watched(tokens).items():
-            self._references.append(_mask(top_positions(scores[pivot], plan.base), tokens))
+            self._references.append(top_positions(scores[pivot], plan.base))
             for head in members:
                 self._host.write(sequence * k.shape[0] + head, k[head], v[head])
         return [
@@ -128,38 +205,63 @@ class HeteroLayer(StoreLayer):
         ]
 
     def _make_tables(self, q: Tensor, heads: int) -> None:
-        """What steps work on, all of it on the device."""
-        device, count = q.device, len(self._satellites)
-        kept = [self._kept[s // heads][s % heads] for s in self._satellites]
-        sizes = [len(positions) for positions in kept]
-        self._spans = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
-        self._slots = [0] * (len(self._plans) * heads)
-        for segment, size in zip(self._satellites, sizes, strict=True):
-            self._slots[segment] = size
-        # Positions that satellites hold, and those that a decision has put in their place.
-        self._held_R = torch.cat([*kept, torch.empty(0)]).int().to(device)
-        self._next_R = self._held_R.clone()
-        self._coming_Q = torch.zeros(count, dtype=torch.bool, device=device)
-        self._sizes_Q = torch.tensor(sizes, dtype=torch.int64, device=device)
-        self._first_Q = self._host.first[self._satellites]
-        self._sequence_Q = torch.tensor([s // heads for s in self._satellites], device=device).long()
-        self._sequence_P = torch.tensor([p.segment // heads for p in self._pivots], device=device).long()
-        self._segment_P = torch.tensor([p.segment for p in self._pivots], device=device).long()
-        shape = (len(self._pivots), self._rule.steps, q.shape[1] // heads, q.shape[-1])
-        self._queries_PWGD = q.new_zeros(shape)
-        self._seen_B = torch.zeros(len(self._plans), dtype=torch.int64, device=device)
-        self._fed, self._even = 0, True
-        self._tally = torch.zeros(3, dtype=torch.int64, device=device)  # windows, triggers, refreshed tokens
+        """What steps and background work on, all of it on the device."""
+        device, rule = q.device, self._rule
+        kept = [self._kept[b][head] for b, head, _ in self._satellites]
+        self._sizes = [len(positions) for positions in kept]
+        bases = [plan.base for plan in self._plans]
+        self._watch = Watch(self._pivots, self._satellites, self._sizes, self._tokens, bases, heads, device)
+        pivots, satellites = len(self._pivots), len(self._satellites)
+        room_N = self.room.size("prompt", max(self._tokens))
+        room_K = min(room_N, self.room.size("resident", max(1, *self._sizes)))
+        self._reference_PN = torch.zeros(pivots, room_N, dtype=torch.bool, device=device)
+        for row_N, positions in zip(self._reference_PN, self._references, strict=True):
+            row_N[positions] = True
+        # Positions that the latest decision has given to satellites; 0 behind each one's own.
+        chosen = [torch.nn.functional.pad(positions, (0, room_K - len(positions))) for positions in kept]
+        self._chosen_QK = torch.stack(chosen).int().to(device)
+        self._first_Q = self._host.first[self._watch.segment_Q]
+        shape = (pivots, rule.steps, q.shape[1] // heads, q.shape[-1])
+        self._queries_PWGD, self._finished_PWGD = q.new_zeros(shape), q.new_zeros(shape)
+        self._full_P = torch.zeros(pivots, dtype=torch.bool, device=device)
+        self._windows_P, self._triggers_P = torch.zeros(2, pivots, dtype=torch.int64, device=device)
+        self._staging: Staging | None = None
+        if rule.visible_after > 1:
+            self._staging = Staging(satellites * room_K, q, self.room)
+            # Positions that satellites hold, and whether others are on their way.
+            self._held_QK = self._chosen_QK.clone()
+            self._coming_Q = torch.zeros(satellites, dtype=torch.bool, device=device)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+    def ready(self, even: bool) -> Turn:
+        turn = super().ready(even)
         if not self._pivots:
-            return super().extend(q, k, v, valid)
+            return turn
+        if self._fed == 0:
+            self._host.settle()
         self._fed += 1
-        self._even = self._even and valid is None
-        self._seen_B += 1 if valid is None else valid[:, 0].long()
+        self._even = self._even and even
+        delivers = self._may_end(self._fed - self._rule.visible_after)
+        self._delivers = delivers and self._staging is not None
+        return Turn(
+            Kind(self.store.moves, self._delivers, even),
+            joins=delivers and self._fed > self._rule.visible_after,
+            starts=self._may_end(self._fed),
+        )
+
+    def _may_end(self, fed: int) -> bool:
+        """Whether a window of some sequence may have ended with its token number `fed`.
+
+        The host knows as long as every sequence has had every token; afterwards only the device does.
+        """
+        return not self._even or fed % self._rule.steps == 0
+
+    def advance(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        if not self._pivots:
+            return super().advance(q, k, v, valid)
         real_B = None if valid is None else valid[:, 0]
-        self._deliver(real_B)
-        out = super().extend(q, k, v, valid)
+        if self._delivers:
+            self._deliver(real_B)
+        out = super().advance(q, k, v, valid)
         self._observe(q, real_B)
         return out
 
@@ -169,103 +271,186 @@ class HeteroLayer(StoreLayer):
             return super().extend(q, k, v, valid)
         return one_by_one(self, q, k, v, valid)
 
-    def _may_end(self, fed: int) -> bool:
-        """Whether a window of some sequence may have ended with its token number `fed`.
-
-        The host knows as long as every sequence has had every token; afterwards only the device does.
-        """
-        return not self._even or fed % self._rule.steps == 0
-
-    def _deliver(self, real_B: Tensor | None) -> None:
-        """Write the refreshes that the coming token is the first to see."""
-        if not self._may_end(self._fed - self._rule.visible_after):
-            return
-        arriving_Q = self._arriving(self._seen_B)
-        if real_B is not None:
-            arriving_Q = arriving_Q & real_B[self._sequence_Q]
-        arriving_R = self._each_row(arriving_Q)
-        self._held_R.copy_(torch.where(arriving_R, self._next_R, self._held_R))
-        rows_R = self._each_row(self._first_Q) + self._held_R
-        self._host.load(rows_R, self.store, self.store.rows(self._slots), arriving_R)
-        self._coming_Q &= ~arriving_Q
-        self._tally[2] += arriving_R.sum()
-
-    def _arriving(self, seen_B: Tensor) -> Tensor:
-        """Satellites [Q] whose refresh is due for the token number `seen` of their sequence."""
-        due_B = (seen_B - self._rule.visible_after) % self._rule.steps == 0
-        return self._coming_Q & due_B[self._sequence_Q]
-
-    def _each_row(self, x_Q: Tensor) -> Tensor:
-        """A satellite's entry for each of its rows [R]."""
-        return x_Q.repeat_interleave(self._sizes_Q, output_size=self._held_R.numel())
+    def _fed_P(self) -> Tensor:
+        """Tokens that each pivot's sequence has had since the prompt, of which it holds all."""
+        return self.store.lengths[self._watch.segment_P] - self._watch.tokens_P
 
     def _observe(self, q: Tensor, real_B: Tensor | None) -> None:
-        """Collect the pivots' queries; where there are W of them, look whether the pivot has drifted."""
-        steps = self._rule.steps
-        rows_PGD = q.reshape(-1, *self._queries_PWGD.shape[2:])[self._segment_P]
-        slot_P = (self._seen_B[self._sequence_P] - 1) % steps
+        """Collect the pivots' queries; set those of a window aside that this token has filled."""
+        watch, steps = self._watch, self._rule.steps
+        if real_B is None and fused(q):
+            from hcache.kernels import pivots
+
+            pivots.observe(
+                q, self.store.lengths, watch.segment_P, watch.tokens_P,
+                self._queries_PWGD, self._finished_PWGD, self._full_P,
+            )  # fmt: skip
+            return
+        rows_PGD = q.reshape(-1, *self._queries_PWGD.shape[2:])[watch.segment_P]
+        slot_P = (self._fed_P() - 1) % steps
         full_P = slot_P == steps - 1
         if real_B is not None:
-            real_P = real_B[self._sequence_P]
-            here = torch.arange(len(self._pivots), device=q.device)
+            real_P = real_B[watch.sequence_P]
+            here = torch.arange(len(real_P), device=q.device)
             rows_PGD = torch.where(real_P[:, None, None], rows_PGD, self._queries_PWGD[here, slot_P])
             full_P = full_P & real_P
         index = slot_P.view(-1, 1, 1, 1).expand(-1, 1, *rows_PGD.shape[1:])
         self._queries_PWGD.scatter_(1, index, rows_PGD.unsqueeze(1))
-        if self._may_end(self._fed):
-            for p in range(len(self._pivots)):
-                self._review(p, full_P[p])
+        aside = torch.where(full_P[:, None, None, None], self._queries_PWGD, self._finished_PWGD)
+        self._finished_PWGD.copy_(aside)
+        self._full_P |= full_P
 
-    def _review(self, p: int, full: Tensor) -> None:
-        """Where a window is full: the median overlap with the reference decides about new rows."""
-        pivot, reference = self._pivots[p], self._references[p]
-        order_Wn = self._prompt_scores(p).sort(dim=-1, descending=True, stable=True).indices
-        overlap_W = reference[order_Wn[:, : pivot.base]].float().mean(1).sort().values
-        median = (overlap_W[(len(overlap_W) - 1) // 2] + overlap_W[len(overlap_W) // 2]) / 2
-        drifted = full & (median < self._rule.threshold)
-        latest_n = order_Wn[-1]
-        reference.copy_(torch.where(drifted, _mask(latest_n[: pivot.base], pivot.tokens), reference))
-        for satellite in pivot.satellites:
-            span = self._spans[satellite]
-            best = latest_n[: span.stop - span.start].sort().values.int()
-            self._next_R[span] = torch.where(drifted, best, self._next_R[span])
-            self._coming_Q[satellite] |= drifted
-        self._tally[0] += full
-        self._tally[1] += drifted
+    def background(self) -> None:
+        """Look whether pivots with a full window have drifted, and fetch what their satellites need then."""
+        if not self._pivots:
+            return
+        fresh_Q = self._review()
+        self._full_P.zero_()
+        rows_QK = self._first_Q.unsqueeze(1) + self._chosen_QK
+        wanted_QK = self._place_K() < fresh_Q.unsqueeze(1)
+        if self._staging is None:
+            self._host.load(rows_QK.flatten(), self.store, self._slots(), wanted_QK.flatten())
+            return
+        self._coming_Q |= fresh_Q > 0
+        slots = torch.arange(rows_QK.numel(), device=rows_QK.device)
+        self._host.load(rows_QK.flatten(), self._staging, slots, wanted_QK.flatten())
 
-    def _prompt_scores(self, p: int) -> Tensor:
-        """Scores [W, n] of a pivot's queries over its own prompt keys, softmax over the prompt alone."""
-        keys_nD, _ = self.store.read(self._pivots[p].segment, self._pivots[p].tokens)
-        logits_WGn = self._queries_PWGD[p].float() @ keys_nD.float().T * keys_nD.shape[1] ** -0.5
-        return self._rule.smooth(logits_WGn.softmax(-1))
+    def _place_K(self) -> Tensor:
+        return torch.arange(self._chosen_QK.shape[1], device=self._chosen_QK.device)
+
+    def _slots(self) -> Tensor:
+        """Where the resident rows of satellites are in the store, flat [Q * K]."""
+        first_Q = self.store.first[self._watch.segment_Q]
+        return (first_Q.unsqueeze(1) + self._place_K()).flatten()
+
+    def _arriving(self) -> Tensor:
+        """Satellites [Q] whose staged rows the coming token of their sequence is the first to see."""
+        due_P = (self._fed_P() + 1 - self._rule.visible_after) % self._rule.steps == 0
+        return self._coming_Q & due_P[self._watch.pivot_Q]
+
+    def _deliver(self, real_B: Tensor | None) -> None:
+        """Copy rows that the coming token is the first to see from the staging buffer into the store."""
+        assert self._staging is not None
+        watch, arriving_Q = self._watch, self._arriving()
+        if real_B is not None:
+            arriving_Q = arriving_Q & real_B[watch.sequence_P][watch.pivot_Q]
+        wanted_QK = self._place_K() < (watch.sizes_Q * arriving_Q).unsqueeze(1)
+        self._held_QK.copy_(torch.where(wanted_QK, self._chosen_QK, self._held_QK))
+        pairs = [(self._staging.values, self.store.values), (self._staging.keys, self.store.keys)]
+        rows = torch.arange(wanted_QK.numel(), device=wanted_QK.device)
+        copy_rows(pairs, rows, self._slots(), wanted_QK.flatten(), DELIVERY_PROGRAMS)
+        self._coming_Q &= ~arriving_Q
+
+    def _review(self) -> Tensor:
+        """Decide about pivots whose window is full: new references, and new positions for their satellites.
+
+        Returns:
+            [Q] rows that each satellite must fetch, 0 where its pivot has not drifted.
+        """
+        logits_PWGN = self._prompt_logits()
+        if fused(logits_PWGN):
+            return self._reviewfused(logits_PWGN)
+        watch, rule = self._watch, self._rule
+        order_PWN = self._prompt_scores(logits_PWGN).sort(dim=-1, descending=True, stable=True).indices
+        place_N = torch.arange(order_PWN.shape[-1], device=order_PWN.device)
+        top_PN = place_N < watch.base_P.unsqueeze(1)
+        hits_PWN = self._reference_PN.unsqueeze(1).expand_as(order_PWN).gather(2, order_PWN)
+        overlap_PW = (hits_PWN & top_PN.unsqueeze(1)).sum(-1).float() / watch.base_P.unsqueeze(1)
+        self._windows_P += self._full_P
+        drifted_P = self._full_P & rule.drifted(overlap_PW, self._windows_P)
+        self._triggers_P += drifted_P
+        latest_PN = order_PWN[:, -1]
+        reference_PN = torch.zeros_like(top_PN).scatter_(1, latest_PN, top_PN)
+        self._reference_PN.copy_(torch.where(drifted_P.unsqueeze(1), reference_PN, self._reference_PN))
+        drifted_Q = drifted_P[watch.pivot_Q]
+        best_QK = self._best(latest_PN[watch.pivot_Q])
+        self._chosen_QK.copy_(torch.where(drifted_Q.unsqueeze(1), best_QK, self._chosen_QK))
+        return watch.sizes_Q * drifted_Q
+
+    def _reviewfused(self, logits_PWGN: Tensor) -> Tensor:
+        """The same in a few kernels, without sorting."""
+        from hcache.kernels import pivots
+
+        watch, rule = self._watch, self._rule
+        return pivots.review(
+            logits_PWGN, watch.tokens_P, watch.base_P, watch.pivot_Q, watch.sizes_Q, self._full_P,
+            self._reference_PN, self._chosen_QK, self._windows_P, self._triggers_P,
+            kernel=rule.kernel, average=rule.pooling is Pooling.avg, group=rule.group.value,
+            threshold=rule.threshold, every=rule.drift_every,
+        )  # fmt: skip
+
+    def _prompt_logits(self) -> Tensor:
+        """Float32 logits [P, W, G, N] of the queries set aside over the pivot's prompt, -inf behind it."""
+        watch, width = self._watch, self._reference_PN.shape[1]
+        rows_PRD, scale = self._finished_PWGD.flatten(1, 2), self._finished_PWGD.shape[-1] ** -0.5
+        first_P = self.store.first[watch.segment_P]
+        if fused(rows_PRD):
+            from hcache.kernels.scan import scan
+
+            parts = [
+                scan(part, self.store.keys, first_P, watch.tokens_P, width, scale=scale)
+                for part in rows_PRD.split(MOST_ROWS, dim=1)
+            ]
+            logits_PRN = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        else:
+            place_N = torch.arange(width, device=first_P.device)
+            inside_PN = place_N < watch.tokens_P.unsqueeze(1)
+            slots_PN = first_P.unsqueeze(1) + torch.where(inside_PN, place_N, 0)
+            keys_PND = self.store.keys[slots_PN].float()
+            logits_PRN = rows_PRD.float() @ keys_PND.transpose(1, 2) * scale
+            logits_PRN = logits_PRN.masked_fill(~inside_PN.unsqueeze(1), -torch.inf)
+        return logits_PRN.unflatten(1, self._finished_PWGD.shape[1:3])
+
+    def _prompt_scores(self, logits_PWGN: Tensor) -> Tensor:
+        """Scores [P, W, N], softmax over the prompt alone; BEHIND it all are lower."""
+        scores_PWN = self._rule.smooth(logits_PWGN.softmax(-1).flatten(0, 1)).unflatten(
+            0, logits_PWGN.shape[:2]
+        )
+        place_N = torch.arange(scores_PWN.shape[-1], device=scores_PWN.device)
+        return scores_PWN.masked_fill(place_N >= self._watch.tokens_P.view(-1, 1, 1), BEHIND)
+
+    def _best(self, order_QN: Tensor) -> Tensor:
+        """The first positions of an order, ascending, as many as each satellite holds; 0 behind [Q, K]."""
+        behind_QK = self._place_K() >= self._watch.sizes_Q.unsqueeze(1)
+        best_QK = order_QN[:, : behind_QK.shape[1]].masked_fill(behind_QK, order_QN.shape[1])
+        return best_QK.sort(dim=1).values.masked_fill(behind_QK, 0).int()
 
     def kept(self) -> list[list[Tensor]]:
-        """A refresh that the next token will see counts as kept already."""
+        """A refresh that the next token will see counts as kept already. Background work must be done."""
         positions = super().kept()
-        heads = len(positions[0])
-        soon_R = self._each_row(self._arriving(self._seen_B + 1))
-        now_R = torch.where(soon_R, self._next_R, self._held_R).long().cpu()
-        for segment, span in zip(self._satellites, self._spans, strict=True):
-            positions[segment // heads][segment % heads] = now_R[span]
+        if not self._pivots:
+            return positions
+        now_QK = self._chosen_QK
+        if self._staging is not None:
+            now_QK = torch.where(self._arriving().unsqueeze(1), self._chosen_QK, self._held_QK)
+        rows = now_QK.long().cpu()
+        for (b, head, _), row_K, size in zip(self._satellites, rows, self._sizes, strict=True):
+            positions[b][head] = row_K[:size]
         return positions
 
     def nbytes(self) -> Bytes:
+        """What is staged counts as metadata: it is there beside what satellites hold. Padding is reserve."""
         total = add_bytes(super().nbytes(), self._host.nbytes())
-        tables = (self._held_R, self._next_R, self._coming_Q, self._sizes_Q, self._first_Q, self._sequence_Q)
-        watching = (self._sequence_P, self._segment_P, self._queries_PWGD, self._seen_B, self._tally)
-        total["device"]["metadata"] += storage_bytes(*tables, *watching, *self._references)
+        if not self._pivots:
+            return total
+        rows, tokens = sum(self._sizes), sum(self._tokens[b] for b, _ in self._pivots)
+        used, padded = 4 * rows + tokens, [self._chosen_QK, self._reference_PN]
+        tables = [*self._watch.tables(), self._first_Q, self._queries_PWGD, self._finished_PWGD, self._full_P]
+        if self._staging is not None:
+            used += rows * (4 + self._host.row_bytes)
+            padded += [self._held_QK, self._staging.keys, self._staging.values]
+            tables.append(self._coming_Q)
+        device = total["device"]
+        device["metadata"] += used + storage_bytes(*tables, self._windows_P)  # and of triggers: one storage
+        device["reserved"] += storage_bytes(*padded) - used
         return total
 
     def counters(self) -> dict[str, float]:
-        windows, triggers, refreshed = self._tally.tolist()
+        """Rows count as refreshed when they are fetched. Background work must be done."""
+        watched = bool(self._pivots)
         return {
-            "windows": windows,
-            "triggers": triggers,
-            "refreshed_tokens": refreshed,
+            "windows": int(self._windows_P.sum()) if watched else 0,
+            "triggers": int(self._triggers_P.sum()) if watched else 0,
+            "refreshed_tokens": self._host.loaded_rows,
             "host_to_device_bytes": self._host.moved_bytes,
         }
-
-
-def _mask(positions: Tensor, tokens: int) -> Tensor:
-    """Bool [tokens], True at `positions`."""
-    return torch.zeros(tokens, dtype=torch.bool, device=positions.device).scatter_(0, positions, True)

@@ -1,7 +1,7 @@
 """Methods that evict: tokens are scored, the best of each head stay, the rest is dropped for good.
 
 An eviction method writes `score`; its budget is split by any allocation. One whose size stays constant while
-decoding also writes `rate`, which scores the stored tokens at every step. Knows stores and scores; no model.
+decoding also says how the stored tokens are scored at every step. Knows stores and scores; no model.
 
 Shapes: q [Hq, n, D], k and v [H, n, D], scores [H, n] of one sequence; S = B*H segments, G = Hq/H, W places
 in text order.
@@ -12,18 +12,24 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hcache.allocation import Allocation, Division, Uniform, make_allocation
 from hcache.budget import Budget
-from hcache.cache.state import Bytes, LayerState, StoreLayer, on_host, one_by_one
+from hcache.cache.room import Room
+from hcache.cache.state import Bytes, LayerState, StoreLayer, Turn, on_host, one_by_one, storage_bytes
+from hcache.cache.store import RaggedStore
 from hcache.geometry import Geometry
+from hcache.kernels.fused import fused
 from hcache.methods.base import Method, Usage
 from hcache.role_weights import RoleWeights
 from hcache.scoring import top_positions
+
+if TYPE_CHECKING:
+    from hcache.kernels.evict import Judging
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,8 @@ class EvictionLayer(StoreLayer):
         earlier: the layers before this one, which a cascading division cuts again.
     """
 
+    off_step = (*StoreLayer.off_step, "_scores", "_earlier")
+
     keeps_scores: bool = False
     """Whether evictions while decoding go by the prompt's scores too."""
 
@@ -158,6 +166,7 @@ class EvictionLayer(StoreLayer):
         cascades = any(plan.division.cascades for plan in plans)
         self._earlier = earlier if cascades else []
         self._last = not cascades or layer + 1 == plans[0].layers
+        self.pending = not self._last
         self._scores: list[list[Tensor]] = []
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
@@ -166,6 +175,12 @@ class EvictionLayer(StoreLayer):
             for state in (*self._earlier, self):
                 state.finish()
             self._earlier = []
+
+    def new_store(self, lengths: list[int], like: Tensor) -> RaggedStore:
+        if not self.pending:
+            return super().new_store(lengths, like)
+        # A room would remember sizes from before the cuts.
+        return RaggedStore(lengths, like, self.reserve_tokens, Room(), self.backend.granule)
 
     def choose(self, q: Tensor, k: Tensor, v: Tensor, sequence: int) -> list[Tensor]:
         kept = self._best(q, k, v, sequence)
@@ -215,17 +230,17 @@ class EvictionLayer(StoreLayer):
     def finish(self) -> None:
         """The whole prompt has been divided: nothing of it is cut any more."""
         self._scores = []
+        if self.pending:
+            self.store.settle(self.room)
+            self.pending = False
 
 
 class ConstantLayer(EvictionLayer):
     """Evicts one token a step from a full head, so that its size stays.
 
-    A head has one slot more than its capacity. A token that is evicted leaves its slot to the next one; text
-    order is kept in a table of slots, so nothing of the keys and values ever moves. All on the device.
+    A head has one slot more than its capacity, and a token that is evicted leaves its slot to the next one:
+    nothing of the keys and values ever moves. All on the device.
     """
-
-    PLACE_BYTES = 4
-    """Of a token's entry in the table of slots."""
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         self._future = self.reserve_tokens
@@ -239,92 +254,161 @@ class ConstantLayer(EvictionLayer):
         return 1
 
     def finish(self) -> None:
-        """Make the tables that steps work on, with room for all tokens that are expected."""
-        counts = [len(index) for kept in self._kept for index in kept]
-        plans = [plan for plan in self._plans for _ in self._kept[0]]
-        capacities = [plan.capacity or count for plan, count in zip(plans, counts, strict=True)]
-        device = self.store.keys.device
-        self._counts, self._capacities, self._fed = counts, capacities, 0
-        self._count_S = torch.tensor(counts, device=device)
-        self._prompt_S = self._count_S.clone()
-        self._capacity_S = torch.tensor(capacities, device=device)
-        self._protected_S = torch.tensor([plan.protected for plan in plans], device=device)
-        width = max(min(c + 1, n + 1 + self._future) for c, n in zip(capacities, counts, strict=True))
-        self._order_SW = torch.arange(width, dtype=torch.int32, device=device).repeat(len(counts), 1)
+        """Make the tables that steps work on."""
         super().finish()
+        self._counts = [len(index) for kept in self._kept for index in kept]
+        plans = [plan for plan in self._plans for _ in self._kept[0]]
+        self._capacities = [plan.capacity or n for plan, n in zip(plans, self._counts, strict=True)]
+        self._fed = 0
+        self._capacity_S = self._numbers(self._capacities)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-        """Append, attend, and evict the worst token of each head that is full. Never synchronises."""
-        self._make_room()
-        heads = k.shape[1]
-        real_S = None if valid is None else valid[:, 0].repeat_interleave(heads)
-        slot_S = self._order_SW.gather(1, self._count_S.unsqueeze(1)).squeeze(1).long()
-        self.store.put(slot_S, k.flatten(0, 1)[:, 0], v.flatten(0, 1)[:, 0], real_S)
-        out, victim_S = self.attend(q)
-        self._evict(victim_S, real_S)
-        return out
+    def _numbers(self, numbers: list[int]) -> Tensor:
+        """One number a head, as steps read it."""
+        return torch.tensor(numbers, dtype=torch.int32, device=self.store.keys.device)
 
-    def attend(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and each head's place in text order [S] that goes if the head is full."""
-        limits = self.store.lengths.long().unsqueeze(1)
-        out, weights_slotsG = self.backend.decode_weighed(q, self.store.ragged(), limits)
-        slot_SW = (self.store.first.unsqueeze(1) + self._order_SW).clamp_max(weights_slotsG.shape[0] - 1)
-        alive_SW = self._places() <= self._count_S.unsqueeze(1)
-        row_SGW = weights_slotsG[slot_SW].masked_fill_(~alive_SW.unsqueeze(-1), 0.0).transpose(1, 2)
-        return out, self._worst(self.rate(row_SGW))
+    @property
+    def count_S(self) -> Tensor:
+        """Tokens of each head between two steps, int32."""
+        return torch.minimum(self.store.lengths, self._capacity_S)
 
-    def rate(self, row_SGW: Tensor) -> Tensor:
-        """Scores [S, W] of the stored tokens in text order, from what the newest token attends to.
+    def ready(self, even: bool) -> Turn:
+        """Room for one token more, until all heads have their full size; from then on nothing moves."""
+        self._fed += 1
+        bounds = [min(n + self._fed, c + 1) for n, c in zip(self._counts, self._capacities, strict=True)]
+        self.store.grow(bounds)
+        return Turn((self.store.moves, self.tables_for(max(bounds))))
 
-        The newest token is at place `self._count_S`; places behind it have weight 0.
-        """
-        raise NotImplementedError
-
-    def _places(self) -> Tensor:
-        return torch.arange(self._order_SW.shape[1], device=self._order_SW.device)
-
-    def _worst(self, scores_SW: Tensor) -> Tensor:
-        """The place with the lowest score before the protected last ones; the first if all are protected."""
-        before_S = (self._count_S + 1 - self._protected_S).clamp_min(1).unsqueeze(1)
-        return scores_SW.masked_fill(self._places() >= before_S, torch.inf).argmin(1)
-
-    def _evict(self, victim_S: Tensor, real_S: Tensor | None) -> None:
-        """Full heads: the victim's slot goes behind the newest token, where the next one looks for room."""
-        full_S = self._count_S >= self._capacity_S
-        grown_S = ~full_S
-        if real_S is not None:
-            full_S, grown_S = full_S & real_S, grown_S & real_S
-        freed_S1 = self._order_SW.gather(1, victim_S.unsqueeze(1))
-        order_SW = self._without(self._order_SW, victim_S).scatter(1, self._count_S.unsqueeze(1), freed_S1)
-        self._order_SW.copy_(torch.where(full_S.unsqueeze(1), order_SW, self._order_SW))
-        self.forget(victim_S, full_S, real_S)
-        self._prompt_S -= (full_S & (victim_S < self._prompt_S)).long()
-        self._count_S += grown_S.long()
-
-    def forget(self, victim_S: Tensor, full_S: Tensor, real_S: Tensor | None) -> None:
-        """Let go of what is remembered about the victims of full heads."""
-
-    def _without(self, x_SW: Tensor, victim_S: Tensor) -> Tensor:
-        """What is behind the victim moves up by one place."""
-        places = self._places()
-        source = (places + (places >= victim_S.unsqueeze(1))).clamp_max_(places.numel() - 1)
-        return x_SW.gather(1, source)
+    def tables_for(self, tokens: int) -> int:
+        """Make room for so many tokens of a head in tables, if there are any; returns their width."""
+        return 0
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """Token by token: each evicts before the next one comes, exactly as in decoding."""
         return one_by_one(self, q, k, v, valid)
 
-    def _make_room(self) -> None:
-        """Room for one token more, until all heads have their full size; from then on nothing moves."""
-        self._fed += 1
-        bounds = [min(n + self._fed, c + 1) for n, c in zip(self._counts, self._capacities, strict=True)]
-        self.store.grow(bounds)
+    def nbytes(self) -> Bytes:
+        """A full head's free slot waits to be overwritten: it is reserve, not payload."""
+        total = super().nbytes()
+        stale = int((self.store.lengths - self.count_S).sum()) * self.store.token_bytes
+        total["device"]["payload"] -= stale
+        total["device"]["reserved"] += stale
+        total["device"]["metadata"] += storage_bytes(self._capacity_S)
+        return total
+
+
+class RankedLayer(ConstantLayer):
+    """Evicts the worst token of a full head by scores that every step brings.
+
+    Text order is kept in a table of slots. A subclass writes `rate`, and as `judging` the same for the
+    kernels that do a step's work on a GPU.
+    """
+
+    PLACE_BYTES = 4
+    """Of a token's entry in the table of slots."""
+
+    def finish(self) -> None:
+        super().finish()
+        self._prompt_S = self._numbers(self._counts)
+        self._protected_S = self._numbers([plan.protected for plan in self._plans for _ in self._kept[0]])
+        sizes = zip(self._capacities, self._counts, strict=True)
+        width = self.room.size("places", max(min(c + 1, n + 1 + self._future) for c, n in sizes))
+        places = torch.arange(width, dtype=torch.int32, device=self._prompt_S.device)
+        self._order_SW = places.repeat(len(self._counts), 1)
+
+    def advance(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        """Append, attend, and evict the worst token of each head that is full. Never synchronises."""
+        k_SD, v_SD = k.flatten(0, 1)[:, 0], v.flatten(0, 1)[:, 0]
+        real_S = None if valid is None else valid[:, 0].repeat_interleave(k.shape[1])
+        if fused(q):
+            return self._advance_by_kernels(q, k_SD, v_SD, real_S)
+        # The newest token's place; of heads without one, the free slot's.
+        newest_S = self.count_S.long()
+        slot_S = self._order_SW.gather(1, newest_S.unsqueeze(1)).squeeze(1).long()
+        self.store.put(slot_S, k_SD, v_SD, real_S)
+        out, row_SGW = self._attend(q, newest_S)
+        scores_SW = self.rate(row_SGW, newest_S)
+        self._evict(scores_SW, newest_S, real_S)
+        return out
+
+    def _advance_by_kernels(self, q: Tensor, k_SD: Tensor, v_SD: Tensor, real_S: Tensor | None) -> Tensor:
+        """The same in three kernels beside those that attend."""
+        from hcache.kernels.evict import evict, put
+
+        store = self.store
+        into = (store.keys, store.values, store.first, store.lengths, self._order_SW, self._capacity_S)
+        put(k_SD, v_SD, *into, real_S)
+        out, logits, totals_SG = self.backend.decode_scored(q, store.ragged(), store.lengths.unsqueeze(1))
+        evict(
+            logits, totals_SG, store.first, store.lengths, self._order_SW, self._capacity_S,
+            self._protected_S, self._prompt_S, self.judging(totals_SG.shape[1]), self.received(), real_S,
+        )  # fmt: skip
+        return out
+
+    def rate(self, row_SGW: Tensor, newest_S: Tensor) -> Tensor:
+        """Scores [S, W] of the stored tokens in text order, from what the newest token attends to.
+
+        Args:
+            row_SGW: weights; 0 at places behind the newest token.
+            newest_S: its place.
+        """
+        raise NotImplementedError
+
+    def judging(self, group: int) -> Judging:
+        """`rate` of heads that are shared by `group` query heads, as kernels know it."""
+        raise NotImplementedError
+
+    def received(self) -> Tensor | None:
+        """Sums [S, W] over the steps so far, where scores are such sums."""
+        return None
+
+    def _attend(self, q: Tensor, newest_S: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and the weights [S, G, W] in text order."""
+        limits_S1 = self.store.lengths.unsqueeze(1)
+        out, logits, totals_SG = self.backend.decode_scored(q, self.store.ragged(), limits_S1)
+        # Heads that are still growing have more places than slots.
+        slot_SW = (self.store.first.unsqueeze(1) + self._order_SW).clamp_max_(logits.shape[0] - 1)
+        row_SWG = (logits[slot_SW] - totals_SG.unsqueeze(1)).exp_()
+        behind_SW = self._places() > newest_S.unsqueeze(1)
+        return out, row_SWG.masked_fill_(behind_SW.unsqueeze(-1), 0.0).transpose(1, 2)
+
+    def _places(self) -> Tensor:
+        return torch.arange(self._order_SW.shape[1], device=self._order_SW.device)
+
+    def _evict(self, scores_SW: Tensor, newest_S: Tensor, real_S: Tensor | None) -> None:
+        """Full heads: the victim's slot goes behind the newest token, where the next one looks for room.
+
+        The victim has the lowest score before the protected last ones; it is the first if all are protected.
+        """
+        before_S1 = (newest_S + 1 - self._protected_S).clamp_min(1).unsqueeze(1)
+        victim_S = scores_SW.masked_fill(self._places() >= before_S1, torch.inf).argmin(1)
+        full_S = newest_S >= self._capacity_S
+        full_S = full_S if real_S is None else full_S & real_S
+        freed_S1 = self._order_SW.gather(1, victim_S.unsqueeze(1))
+        order_SW = self.without(self._order_SW, victim_S).scatter(1, newest_S.unsqueeze(1), freed_S1)
+        self._order_SW.copy_(torch.where(full_S.unsqueeze(1), order_SW, self._order_SW))
+        self._prompt_S -= (full_S & (victim_S < self._prompt_S)).int()
+        self.forget(scores_SW, victim_S, newest_S, full_S, real_S)
+
+    def forget(
+        self, scores_SW: Tensor, victim_S: Tensor, newest_S: Tensor, full_S: Tensor, real_S: Tensor | None
+    ) -> None:
+        """Let go of what is remembered about the victims of full heads."""
+
+    def without(self, x_SW: Tensor, victim_S: Tensor) -> Tensor:
+        """What is behind the victim moves up by one place."""
+        places = self._places()
+        source = (places + (places >= victim_S.unsqueeze(1))).clamp_max_(places.numel() - 1)
+        return x_SW.gather(1, source)
+
+    def tables_for(self, tokens: int) -> int:
+        """Wider tables for heads that are still growing."""
         width = self._order_SW.shape[1]
-        if max(bounds) > width:
-            self.widen(max(max(bounds), width + width // 4) - width)
+        if tokens > width:
+            self.widen(self.room.size("places", max(tokens, width + width // 4)) - width)
+        return self._order_SW.shape[1]
 
     def widen(self, places: int) -> None:
-        """More places in the tables, for heads that are still growing."""
+        """More places in the tables."""
         width = self._order_SW.shape[1]
         fresh = torch.arange(width, width + places, dtype=torch.int32, device=self._order_SW.device)
         self._order_SW = torch.cat([self._order_SW, fresh.repeat(self._order_SW.shape[0], 1)], dim=1)
@@ -339,13 +423,15 @@ class ConstantLayer(EvictionLayer):
         return [found[b * heads : (b + 1) * heads] for b in range(len(self._kept))]
 
     def nbytes(self) -> Bytes:
-        """A full head's free slot waits to be overwritten: it is reserve, not payload."""
+        """Places of stored tokens are metadata, those of others reserve."""
         total = super().nbytes()
-        stale = int((self.store.lengths - self._count_S).sum()) * self.store.token_bytes
-        tables = (self._order_SW, self._count_S, self._prompt_S, self._capacity_S, self._protected_S)
-        total["device"]["payload"] -= stale
-        total["device"]["reserved"] += stale
-        total["device"]["metadata"] += sum(table.nbytes for table in tables)
+        device, tokens = total["device"], int(self.count_S.sum())
+        device["metadata"] += storage_bytes(self._prompt_S, self._protected_S)
+        sums_SW = self.received()
+        for table in (self._order_SW,) if sums_SW is None else (self._order_SW, sums_SW):
+            used = tokens * table.element_size()
+            device["metadata"] += used
+            device["reserved"] += storage_bytes(table) - used
         return total
 
 

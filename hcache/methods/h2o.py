@@ -15,17 +15,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from hcache.budget import Budget, InfeasibleBudget
-from hcache.cache.state import Bytes
 from hcache.geometry import Geometry
-from hcache.methods.eviction import ConstantLayer, EvictionLayer, EvictionMethod, Plan
+from hcache.methods.eviction import EvictionLayer, EvictionMethod, Plan, RankedLayer
 from hcache.methods.registry import register
 from hcache.scoring import column_sums
+
+if TYPE_CHECKING:
+    from hcache.kernels.evict import Judging
 
 
 @register("h2o")
@@ -85,7 +87,7 @@ class H2O(EvictionMethod):
         return column_sums(q, k)
 
     def slot_bytes(self, geometry: Geometry, number_bytes: int) -> int:
-        return super().slot_bytes(geometry, number_bytes) + ConstantLayer.PLACE_BYTES + 4
+        return super().slot_bytes(geometry, number_bytes) + RankedLayer.PLACE_BYTES + 4
 
     def layer_state(self, layer: int, plans: list[Plan], earlier: list[EvictionLayer]) -> H2OLayer:
         return H2OLayer(self, layer, plans, earlier)
@@ -95,7 +97,7 @@ def _part(size: int | float, tokens: int) -> int:
     return math.floor(size * tokens + 1e-9) if isinstance(size, float) else size
 
 
-class H2OLayer(ConstantLayer):
+class H2OLayer(RankedLayer):
     """Accumulates the attention that stored tokens receive."""
 
     keeps_scores = True
@@ -107,24 +109,27 @@ class H2OLayer(ConstantLayer):
         for s, row in enumerate(sums):
             self._sums_SW[s, : row.numel()] = row
 
-    def rate(self, row_SGW: Tensor) -> Tensor:
-        self._fresh_SW = self._sums_SW + row_SGW.sum(1)
-        return self._fresh_SW
+    def rate(self, row_SGW: Tensor, newest_S: Tensor) -> Tensor:
+        return self._sums_SW + row_SGW.sum(1)
 
-    def forget(self, victim_S: Tensor, full_S: Tensor, real_S: Tensor | None) -> None:
+    def judging(self, group: int) -> Judging:
+        from hcache.kernels.evict import Judging
+
+        return Judging()
+
+    def received(self) -> Tensor:
+        return self._sums_SW
+
+    def forget(
+        self, scores_SW: Tensor, victim_S: Tensor, newest_S: Tensor, full_S: Tensor, real_S: Tensor | None
+    ) -> None:
         # The place behind the newest token is the next one's, which has received nothing yet.
-        moved_SW = self._without(self._fresh_SW, victim_S).scatter(1, self._count_S.unsqueeze(1), 0.0)
-        fresh_SW = torch.where(full_S.unsqueeze(1), moved_SW, self._fresh_SW)
+        moved_SW = self.without(scores_SW, victim_S).scatter(1, newest_S.unsqueeze(1), 0.0)
+        sums_SW = torch.where(full_S.unsqueeze(1), moved_SW, scores_SW)
         if real_S is not None:
-            fresh_SW = torch.where(real_S.unsqueeze(1), fresh_SW, self._sums_SW)
-        self._sums_SW.copy_(fresh_SW)
-        del self._fresh_SW
+            sums_SW = torch.where(real_S.unsqueeze(1), sums_SW, self._sums_SW)
+        self._sums_SW.copy_(sums_SW)
 
     def widen(self, places: int) -> None:
         super().widen(places)
         self._sums_SW = torch.nn.functional.pad(self._sums_SW, (0, places))
-
-    def nbytes(self) -> Bytes:
-        total = super().nbytes()
-        total["device"]["metadata"] += self._sums_SW.nbytes
-        return total

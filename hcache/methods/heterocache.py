@@ -65,6 +65,10 @@ class HeteroCache(Method):
         drift_threshold: a pivot has drifted when its median overlap falls below; None takes the stable
             threshold.
         visible_after: a refresh decided after token t is seen by token t + visible_after; at most `steps`.
+            Above 1 it is fetched beside the steps between, into a staging buffer on the device that is as
+            large as what satellites hold, beyond the budget.
+        drift_every: for measurements. Pivots drift in every so-many-th window, whatever the overlap: 1 in
+            all, 10 in every tenth, 0 in none; None goes by the overlap. All else is done as ever.
         profile: path of a head profile, or a HeadProfile; None finds the one of the model's fingerprint.
         roles: see RoleSettings.
         offload: see OffloadSettings.
@@ -77,6 +81,7 @@ class HeteroCache(Method):
     steps: int = 5
     drift_threshold: float | None = None
     visible_after: int = 1
+    drift_every: int | None = None
     profile: Any = None
     roles: RoleSettings = field(default_factory=RoleSettings)
     offload: OffloadSettings = field(default_factory=OffloadSettings)
@@ -91,6 +96,11 @@ class HeteroCache(Method):
             raise ValueError(
                 f"method.visible_after={self.visible_after} must be at most method.steps={self.steps}: the "
                 "next decision would overtake the refresh; lower it or raise steps"
+            )
+        if self.drift_every is not None and self.drift_every < 0:
+            raise ValueError(
+                f"method.drift_every={self.drift_every} must be 0 (never), a number of windows, or null (by "
+                "overlap)"
             )
         if self.drift_threshold is not None and not 0 <= self.drift_threshold <= 1:
             raise ValueError(
@@ -113,6 +123,7 @@ class HeteroCache(Method):
             self.steps,
             self.threshold(roles),
             self.visible_after,
+            self.drift_every,
         )
         return [
             HeteroLayer([plan[layer] for plan in plans], rule, self.offload.enabled)
@@ -139,9 +150,10 @@ class HeteroCache(Method):
             for head in members
         ]
         waiting = len(partial) * prompt_tokens * slot
+        staged = sum(partial) * slot if self._stages else 0
         tables = sum(self._table_bytes(plan, geometry, prompt_tokens, number_bytes) for plan in plans)
         return Usage(
-            device_bytes=kept * slot + tables + (0 if self.offload.enabled else waiting),
+            device_bytes=kept * slot + staged + tables + (0 if self.offload.enabled else waiting),
             attended_tokens=kept / geometry.heads,
             host_bytes=waiting if self.offload.enabled else 0,
             # Every pivot drifting in every window, spread over the window's steps.
@@ -149,12 +161,19 @@ class HeteroCache(Method):
             parts={"full_heads": sum(n >= prompt_tokens for plan in plans for n in plan.counts)},
         )
 
+    @property
+    def _stages(self) -> bool:
+        """Whether refreshed rows wait on the device before they are seen."""
+        return self.visible_after > 1
+
     def _table_bytes(self, plan: LayerPlan, geometry: Geometry, prompt_tokens: int, number_bytes: int) -> int:
-        """A layer's tables: of satellites two int32 a kept token, of pivots a bool a token, and queries."""
+        """A layer's tables: of satellites an int32 a kept token, and another where refreshed rows are staged;
+        of pivots a bool a token, and queries of two windows.
+        """
         watched = plan.watched(prompt_tokens)
         rows = sum(plan.counts[head] for members in watched.values() for head in members)
-        queries = self.steps * geometry.group * geometry.head_dim * number_bytes
-        return 8 * rows + len(watched) * (prompt_tokens + queries)
+        queries = 2 * self.steps * geometry.group * geometry.head_dim * number_bytes
+        return (8 if self._stages else 4) * rows + len(watched) * (prompt_tokens + queries)
 
     def minimum_tokens(self, geometry: Geometry, prompt_tokens: int) -> int:
         if self.roles.fit_budget:
@@ -171,7 +190,16 @@ class HeteroCache(Method):
     def notes(self, geometry: Geometry, budget: Budget, prompt_tokens: int) -> list[str]:
         roles = self.roles.assign(self.head_profile(geometry))
         tokens = min(budget.tokens(prompt_tokens), prompt_tokens)
-        return self.roles.notes(roles, tokens, geometry, prompt_tokens)
+        notes = self.roles.notes(roles, tokens, geometry, prompt_tokens)
+        if self._stages:
+            notes.append(
+                f"visible_after={self.visible_after}: refreshed rows wait in a staging buffer on the device, "
+                "as large as what satellites keep, beyond the budget"
+            )
+        if self.drift_every is not None:
+            often = f"in every {self.drift_every}th window" if self.drift_every else "never"
+            notes.append(f"drift_every={self.drift_every}: pivots drift {often}, whatever the overlap")
+        return notes
 
     def plan(self, geometry: Geometry, roles: Roles, budget: Budget, prompt_tokens: int) -> list[LayerPlan]:
         """What each layer keeps of one prompt; the sum over heads is the budget exactly."""

@@ -5,25 +5,35 @@ share a few directions, after it they don't. Knows positions and the model's RoP
 or methods.
 
 Shapes: B batch, H KV heads, S = B*H segments, D head dim, W = H*D, n prompt tokens, T tokens of a block,
-r rank, N rows of all sequences together, R rows that are asked for.
+r rank, N rows of all sequences together, R rows that are asked for, M slots of a segment's buffer, F rotary
+frequencies.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from hcache.attention.rope import Rope
+from hcache.cache.exchange import Changed, changed_tokens
+from hcache.cache.gather import copy_rows
+from hcache.cache.room import Held, Room
 from hcache.cache.state import Bytes, no_bytes, storage_bytes
+from hcache.cache.store import RaggedStore
+from hcache.kernels.fused import fused
+
+log = logging.getLogger(__name__)
 
 ROWS = 2048
 """Tokens of a layer whose keys are float32 at the same time while they are factorised."""
 
 
-class KeyFactors:
+class KeyFactors(Held):
     """Keys before RoPE of one layer as a product [n, r] @ [r, H*D], one basis for all heads of a sequence.
 
     Args:
@@ -31,15 +41,27 @@ class KeyFactors:
         ranks: columns of each sequence.
         like: k [B, H, T, D], whose dtype the factors take.
         rope: takes the rotation off and puts it on again.
+        room: rounds sizes, where steps are captured.
     """
 
-    def __init__(self, tokens: list[int], ranks: list[int], like: Tensor, rope: Rope) -> None:
+    def __init__(
+        self, tokens: list[int], ranks: list[int], like: Tensor, rope: Rope, room: Room | None = None
+    ) -> None:
         self._tokens, self._ranks, self._rope, self._heads = tokens, ranks, rope, like.shape[1]
         self._offsets = list(accumulate(tokens, initial=0))
-        self._rows_Nr = like.new_zeros(self._offsets[-1], max(ranks))
-        self._basis_SrD = like.new_zeros(len(ranks) * self._heads, max(ranks), like.shape[-1])
+        room, dim = room or Room(), like.shape[-1]
+        rank = room.size("rank", max(ranks))
+        self._rows_Nr = like.new_zeros(room.size("factor rows", self._offsets[-1]), rank)
+        self._basis_SrD = like.new_zeros(len(ranks) * self._heads, rank, dim)
         starts = torch.tensor(self._offsets[:-1], device=like.device)
         self._first_S = starts.repeat_interleave(self._heads)
+        halves = rope.halves(dim) if fused(like) else None
+        if fused(like) and halves is None:
+            _say_slow()
+        self._frequencies_F, self._scaling = None, 1.0
+        if halves is not None:
+            self._frequencies_F = halves.frequencies_F.to(like.device, copy=True)
+            self._scaling = halves.scaling
 
     def write(self, sequence: int, k_HnD: Tensor) -> None:
         """Factorise one sequence's keys, given after RoPE at positions 0 to n - 1."""
@@ -80,15 +102,46 @@ class KeyFactors:
         turned_SRD = self._rope.rotate(plain_SRD.unsqueeze(1), positions_SR).squeeze(1)
         return turned_SRD.to(self._rows_Nr.dtype)
 
+    def restore(self, store: RaggedStore, chunks_SM: Tensor, changed: Changed, size: int) -> None:
+        """Rebuild the keys of changed chunks in the first slots of every segment. No host synchronisation.
+
+        Args:
+            chunks_SM: the chunk that each slot holds.
+            size: tokens of a chunk.
+        """
+        if self._frequencies_F is not None:
+            from hcache.kernels.rebuild import rebuild
+
+            factors = (self._rows_Nr, self._basis_SrD, self._first_S)
+            rotation = (self._frequencies_F, self._scaling)
+            rebuild(*factors, *rotation, store.keys, store.first, chunks_SM, *changed, size)
+            return
+        # All that there could be are rebuilt, since shapes are fixed, and the changed ones written.
+        positions_SR, slots_SR, wanted_SR = changed_tokens(chunks_SM, changed, size, len(self._first_S))
+        keys_RD = self.rebuild(positions_SR).flatten(0, 1)
+        slots_SR = store.first.unsqueeze(1) + slots_SR
+        rows_R = torch.arange(len(keys_RD), device=keys_RD.device)
+        copy_rows([(keys_RD, store.keys)], rows_R, slots_SR.flatten(), wanted_SR.flatten())
+
     def nbytes(self) -> Bytes:
         """Bytes of both factors; what sequences of a lower rank leave empty is reserve."""
         total, width = no_bytes(), self._heads * self._basis_SrD.shape[-1]
         numbers = sum(r * (n + width) for r, n in zip(self._ranks, self._tokens, strict=True))
         buffers = storage_bytes(self._rows_Nr, self._basis_SrD)
         payload = numbers * self._rows_Nr.element_size()
+        tables = [self._first_S] + ([] if self._frequencies_F is None else [self._frequencies_F])
         total["device"] = {
             "payload": payload,
-            "metadata": storage_bytes(self._first_S),
+            "metadata": storage_bytes(*tables),
             "reserved": buffers - payload,
         }
         return total
+
+
+@lru_cache(maxsize=1)
+def _say_slow() -> None:
+    """Said once."""
+    log.warning(
+        "this model's rotary embedding doesn't turn halves of a head: keys are rebuilt by torch, all of them "
+        "at every step, which is several times slower than the kernel for the common layout"
+    )

@@ -21,19 +21,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hcache.attention.backends import CHUNK, Ragged
+from hcache.attention.backends import CHUNK, Pages, to_segments
 from hcache.budget import Budget
-from hcache.cache.state import Bytes, LayerState, StoreLayer, storage_bytes
+from hcache.cache.state import Bytes, LayerState, StoreLayer, Turn, storage_bytes
 from hcache.geometry import Geometry
+from hcache.kernels.fused import fused
 from hcache.methods.base import Method, Usage
 from hcache.methods.registry import register
+
+SCANNED = 512
+"""Most numbers of a page's bounds that the kernels take: head dims up to 256."""
 
 PAPER_SKIPS = 2
 """First layers that the paper leaves dense: less than a tenth of their attention can be left out."""
@@ -185,37 +188,83 @@ class QuestLayer(StoreLayer):
         choosers = q.shape[1] if self._group is QuestGroup.per_query_head else heads
         self._allowed_R = torch.tensor(self._pages, device=k.device).repeat_interleave(choosers)
         self._limits_R = torch.zeros_like(self._allowed_R)
-        self._chosen_RM = self._allowed_R.new_zeros(batch * choosers, 0)
+        self._chosen_RM = self._allowed_R.new_zeros(batch * choosers, 0, dtype=torch.int32)
         self._lay_out()
         self._choose(*_last_query(q, valid))
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-        limits_ST = self._append(k, v, valid)
-        self._choose(q[:, :, 0], None if valid is None else valid[:, 0])
-        if min(self._pages) >= self._bounds_SP2D.shape[1]:
-            # There can be no page too many until the store grows: nothing to gather.
+    def ready(self, even: bool) -> Turn:
+        self._expect(1)
+        return Turn((self.store.moves, self._bounds_SP2D.shape[1], self._chosen_RM.shape[1], self._sees_all))
+
+    def advance(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        if valid is None and self._by_kernels(q):
+            self._advance_by_kernels(q, k, v)
+            limits_ST = self.store.lengths.unsqueeze(1)
+        else:
+            limits_ST = self._append_bounded(k, v, valid)
+            self._choose(q[:, :, 0], None if valid is None else valid[:, 0])
+        if self._sees_all:
             return self.backend.decode(q, self.store.ragged(), limits_ST)
-        return self.backend.decode(q, self._gather(), self._limits_R.unsqueeze(1))
+        pages = Pages(self._chosen_RM, self._page)
+        return self.backend.decode(q, self.store.ragged(), self._limits_R.unsqueeze(1), pages)
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """Dense, as the prompt; the choice of the last query is on record for `kept`."""
-        limits_ST = self._append(k, v, valid)  # first: it may move the store
+        self._expect(k.shape[2])
+        limits_ST = self._append_bounded(k, v, valid)
         out = self.backend.decode(q, self.store.ragged(), limits_ST)
         self._choose(*_last_query(q, valid))
         return out
 
-    def _append(self, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+    @property
+    def _sees_all(self) -> bool:
+        """Whether there can be no page too many until the store grows: nothing to choose."""
+        return min(self._pages) >= self._bounds_SP2D.shape[1]
+
+    def _by_kernels(self, q: Tensor) -> bool:
+        """Whether a step's work beside attending is done by kernels of our own."""
+        if not fused(q):
+            return False
+        from hcache.kernels.select import MOST
+
+        _, room, width = self._bounds_SP2D.shape
+        return room <= MOST and width <= SCANNED
+
+    def _advance_by_kernels(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Append and choose in few kernels; the chosen pages are ascending, so the current one is last."""
+        from hcache.kernels.bounds import Worth, take_in, worth_of
+        from hcache.kernels.scan import scan
+        from hcache.kernels.select import select
+
+        store, bounds = self.store, self._bounds_SP2D
+        segments, room, width = bounds.shape
+        rows_SG2D, earlier_S, pages_R = take_in(
+            to_segments(q, segments).contiguous(), k.flatten(0, 1)[:, 0], v.flatten(0, 1)[:, 0],
+            store.keys, store.values, store.first, store.lengths,
+            bounds, self._allowed_R, self._limits_R, self._page,
+        )  # fmt: skip
+        worth = {
+            QuestGroup.max_softmax: Worth.softmax,
+            QuestGroup.mean: Worth.mean,
+            QuestGroup.max: Worth.max,
+            QuestGroup.per_query_head: Worth.each,
+        }[self._group]
+        scale = (width // 2) ** -0.5 if worth is Worth.softmax else 1.0
+        scores_SGP = scan(rows_SG2D, bounds.view(-1, width), self._first_S, earlier_S, room, scale=scale)
+        chosen_RM = select(worth_of(scores_SGP, earlier_S, worth), pages_R, self._chosen_RM.shape[1])
+        # Places that a row doesn't use hold its current page, as in plain torch: never another segment's.
+        shape = segments, -1, chosen_RM.shape[1]
+        torch.minimum(chosen_RM.view(shape), earlier_S.view(-1, 1, 1), out=self._chosen_RM.view(shape))
+
+    def _append_bounded(self, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """Store tokens and update the bounds of their pages. Returns the store's limits [S, T]."""
         real_ST = None if valid is None else valid.repeat_interleave(self._heads, dim=0)
         limits_ST = self.store.append(k.flatten(0, 1), v.flatten(0, 1), real_ST)
-        if self._room() > self._bounds_SP2D.shape[1]:
-            self._grow()
         news_ST2D = both_signs(k.flatten(0, 1))
         if real_ST is not None:
             news_ST2D = news_ST2D.masked_fill(~real_ST.unsqueeze(-1), -torch.inf)
-        segments, room, width = self._bounds_SP2D.shape
-        first_S = room * torch.arange(segments, device=k.device)
-        rows_ST = first_S.unsqueeze(1) + (limits_ST - 1).clamp_min(0) // self._page
+        width = self._bounds_SP2D.shape[2]
+        rows_ST = self._first_S.unsqueeze(1) + (limits_ST - 1).clamp_min(0) // self._page
         index = rows_ST.reshape(-1, 1).expand(-1, width)
         self._bounds_SP2D.view(-1, width).scatter_reduce_(0, index, news_ST2D.flatten(0, 1), "amax")
         return limits_ST
@@ -262,46 +311,30 @@ class QuestLayer(StoreLayer):
         # The logarithm has the same order, and keeps it where small shares would all round to zero.
         return (bounds_SGP * q_BHqD.shape[-1] ** -0.5).log_softmax(-1).amax(1)
 
-    def _gather(self) -> Ragged:
-        """Copies of the chosen pages, row after row."""
-        segments, dim = self.store.lengths.numel(), self.store.keys.shape[-1]
-        first_S = self.store.rows([1] * segments) // self._page
-        first_R = first_S.repeat_interleave(self._allowed_R.numel() // segments)
-        pages = (first_R.unsqueeze(1) + self._chosen_RM).flatten()
-        keys, values = (
-            x.view(-1, self._page * dim).index_select(0, pages).view(-1, dim)
-            for x in (self.store.keys, self.store.values)
-        )
-        return Ragged(keys, values, self._owner, self._start, self._offsets)
-
     def _room(self) -> int:
         """Pages of the store's longest segment, all its slots counted."""
-        ends = [*self.store.offsets, self.store.keys.shape[0]]
-        return max(end - first for first, end in pairwise(ends)) // self._page
+        return self.store.longest // self._page
 
-    def _grow(self) -> None:
-        """Follow the store, which has moved to make room."""
+    def _expect(self, tokens: int) -> None:
+        """Room for so many tokens more, in the store and behind the bounds."""
+        self.store.expect(tokens)
         more = self._room() - self._bounds_SP2D.shape[1]
-        self._bounds_SP2D = F.pad(self._bounds_SP2D, (0, 0, 0, more), value=-torch.inf)
-        self._lay_out()
+        if more > 0:
+            self._bounds_SP2D = F.pad(self._bounds_SP2D, (0, 0, 0, more), value=-torch.inf)
+            self._lay_out()
 
     def _lay_out(self) -> None:
-        """Tables over the pages that a step gathers: as many for every row, in whole chunks."""
-        a_chunk = CHUNK // self._page
-        chunks = min(-(-max(self._pages) // a_chunk), self._bounds_SP2D.shape[1] // a_chunk)
-        rows, slots = self._chosen_RM.shape
-        self._chosen_RM = F.pad(self._chosen_RM, (0, chunks * a_chunk - slots))
-        row = torch.arange(rows, device=self._chosen_RM.device)
-        self._owner = row.repeat_interleave(chunks)
-        self._start = (CHUNK * torch.arange(chunks, device=row.device)).repeat(rows)
-        self._offsets = [CHUNK * chunks * r for r in range(rows)]
-        # Asked for now: the first time the store has to bring them to the device.
-        self.store.rows([1] * self.store.lengths.numel())
+        """The table of chosen pages, as wide for every row, and where each segment's bounds begin."""
+        segments, room, _ = self._bounds_SP2D.shape
+        width = self.room.size("pages", min(max(self._pages), room))
+        # A table is never wider than what pages are chosen from.
+        self._chosen_RM = F.pad(self._chosen_RM, (0, min(width, room) - self._chosen_RM.shape[1]))
+        self._first_S = room * torch.arange(segments, device=self._chosen_RM.device)
 
     def kept(self) -> list[list[Tensor]]:
         """Of per_query_head, what the query heads of a KV head attend to together."""
         chosen_RM, limits = self._chosen_RM.cpu(), self._limits_R.tolist()
-        slots_RMp = chosen_RM.unsqueeze(-1) * self._page + torch.arange(self._page)
+        slots_RMp = chosen_RM.long().unsqueeze(-1) * self._page + torch.arange(self._page)
         rows = [row[:limit] for row, limit in zip(slots_RMp.flatten(1), limits, strict=True)]
         choosers = len(rows) // self.store.lengths.numel()
         heads = [torch.cat(rows[r : r + choosers]).unique() for r in range(0, len(rows), choosers)]
@@ -312,13 +345,13 @@ class QuestLayer(StoreLayer):
         ]
 
     def nbytes(self) -> Bytes:
-        """Bounds of pages that hold a token are metadata, those of the others are reserve."""
+        """Bounds of pages that hold a token and a row's places for its pages are metadata, others reserve."""
         total = super().nbytes()
-        bounds, width = self._bounds_SP2D, self._bounds_SP2D.shape[-1]
-        used = int((-(-self.store.lengths // self._page)).sum()) * width * bounds.element_size()
-        tables = (self._allowed_R, self._limits_R, self._chosen_RM, self._owner, self._start)
-        total["device"]["metadata"] += used + storage_bytes(*tables)
-        total["device"]["reserved"] += bounds.untyped_storage().nbytes() - used
+        bounds, chosen = self._bounds_SP2D, self._chosen_RM
+        used = int((-(-self.store.lengths // self._page)).sum()) * bounds.shape[-1] * bounds.element_size()
+        used += int(self._allowed_R.clamp_max(chosen.shape[1]).sum()) * chosen.element_size()
+        total["device"]["metadata"] += used + storage_bytes(self._allowed_R, self._limits_R, self._first_S)
+        total["device"]["reserved"] += storage_bytes(bounds, chosen) - used
         return total
 
 

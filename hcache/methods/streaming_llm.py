@@ -28,8 +28,9 @@ from torch import Tensor
 from hcache.allocation import Uniform
 from hcache.attention.backends import causal
 from hcache.budget import Budget
-from hcache.cache.state import Bytes, unpadded
+from hcache.cache.state import Bytes, storage_bytes, unpadded
 from hcache.geometry import Geometry
+from hcache.kernels.fused import fused
 from hcache.methods.base import Usage
 from hcache.methods.eviction import ConstantLayer, EvictionLayer, EvictionMethod, Plan
 from hcache.methods.registry import register
@@ -37,9 +38,6 @@ from hcache.scoring import SCRATCH_NUMBERS
 
 BLOCK = 256
 """Most prompt queries that attend side by side while streaming through a prompt."""
-
-ROW_BYTES = 8
-"""Of a sink's entry in the table of rows."""
 
 
 class Positions(Enum):
@@ -100,15 +98,12 @@ class StreamingLLM(EvictionMethod):
         latest[: self.sinks] = torch.inf
         return latest.expand(k.shape[0], -1)
 
-    def slot_bytes(self, geometry: Geometry, number_bytes: int) -> int:
-        return super().slot_bytes(geometry, number_bytes) + ConstantLayer.PLACE_BYTES
-
     def usage(self, geometry: Geometry, budget: Budget, prompt_tokens: int, number_bytes: int) -> Usage:
         plan = super().usage(geometry, budget, prompt_tokens, number_bytes)
         if not self.needs_rope:
             return plan
-        # Sinks that roll are stored as they came in too, with the row that each of them is in.
-        sinks = self.sinks * geometry.heads * (geometry.head_dim * number_bytes + ROW_BYTES)
+        # Sinks that roll are stored as they came in too.
+        sinks = self.sinks * geometry.heads * geometry.head_dim * number_bytes
         return replace(plan, device_bytes=plan.device_bytes + sinks)
 
     def layer_state(self, layer: int, plans: list[Plan], earlier: list[EvictionLayer]) -> StreamingLayer:
@@ -165,9 +160,11 @@ class StreamingLayer(ConstantLayer):
         super().finish()
         # A head no larger than the sinks still needs one place for the newest token.
         self._sinks_S = (self._capacity_S - 1).clamp(0, self._method.sinks)
+        self._next_S = self.count_S
+        self._gone_S = torch.zeros_like(self._next_S)
         if self._rolls:
             tokens = [plan.prompt_tokens for plan in self._plans for _ in self._kept[0]]
-            self._seen_S = torch.tensor(tokens, device=self._count_S.device)
+            self._cut_S = self._numbers(tokens) - self._next_S
             self._sinks_XD = self.store.keys[self._sink_rows()]
 
     @property
@@ -180,34 +177,64 @@ class StreamingLayer(ConstantLayer):
         return self._method.needs_rope and self._method.sinks > 0
 
     def _sink_rows(self) -> Tensor:
-        return self.store.rows([self._method.sinks] * len(self._counts))
+        sinks = torch.arange(self._method.sinks, device=self.store.first.device)
+        return (self.store.first.unsqueeze(1) + sinks).flatten()
 
     def _bring_sinks(self) -> None:
         """Move the sinks of full heads to the distance from the newest token that they have in the cache."""
         rows, sinks = self._sink_rows(), self._method.sinks
         sink_Ss = torch.arange(sinks, device=rows.device) < self._sinks_S.unsqueeze(1)
         # Until a head is full its sinks are where they were, and a short prompt's may still be coming.
-        fixed_Ss = sink_Ss & (self._count_S >= self._capacity_S).unsqueeze(1)
+        fixed_Ss = sink_Ss & (self.store.lengths >= self._capacity_S).unsqueeze(1)
         self._sinks_XD.copy_(torch.where(fixed_Ss.view(-1, 1), self._sinks_XD, self.store.keys[rows]))
-        by_Ss = (self._seen_S - self._count_S).unsqueeze(1) * sink_Ss
+        by_Ss = (self._cut_S + self._gone_S).long().unsqueeze(1) * sink_Ss
         moved = self.rope.shift(self._sinks_XD.view(-1, 1, sinks, self._sinks_XD.shape[1]), by_Ss)
         self.store.keys.index_copy_(0, rows, moved.flatten(0, 2))
 
-    def forget(self, victim_S: Tensor, full_S: Tensor, real_S: Tensor | None) -> None:
-        if self._rolls:
-            self._seen_S += 1 if real_S is None else real_S.long()
+    def advance(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        """Put the token in the place of the one that goes, and attend. Never synchronises.
 
-    def attend(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        A head attends to one token more than it keeps: what goes now went for the step before.
+        """
         if self._rolls:
             self._bring_sinks()
-        out = self.backend.decode(q, self.store.ragged(), self.store.lengths.long().unsqueeze(1))
-        return out, torch.minimum(self._count_S, self._sinks_S)
+        self._put(k.flatten(0, 1)[:, 0], v.flatten(0, 1)[:, 0], valid)
+        return self.backend.decode(q, self.store.ragged(), self.store.lengths.unsqueeze(1))
+
+    def _put(self, k_SD: Tensor, v_SD: Tensor, valid: Tensor | None) -> None:
+        """A token into the next slot of each head: the first that is free, later the oldest one's."""
+        real_S = None if valid is None else valid[:, 0].repeat_interleave(k_SD.shape[0] // valid.shape[0])
+        store, ring = self.store, (self._next_S, self._gone_S, self._capacity_S, self._sinks_S)
+        if fused(k_SD):
+            from hcache.kernels.evict import put_oldest
+
+            put_oldest(k_SD, v_SD, store.keys, store.values, store.first, store.lengths, *ring, real_S)
+            return
+        full_S = store.lengths >= self._capacity_S
+        after_S = torch.where(self._next_S == self._capacity_S, self._sinks_S, self._next_S + 1)
+        store.put(self._next_S, k_SD, v_SD, real_S)
+        self._gone_S += (full_S if real_S is None else full_S & real_S).int()
+        self._next_S.copy_(after_S if real_S is None else torch.where(real_S, after_S, self._next_S))
+
+    def kept(self) -> list[list[Tensor]]:
+        heads = len(self._kept[0])
+        found = [
+            torch.cat([positions[:sinks], positions[sinks + gone :]])
+            for positions, sinks, gone in zip(
+                (head for sequence in self._kept for head in sequence),
+                self._sinks_S.tolist(),
+                self._gone_S.tolist(),
+                strict=True,
+            )
+        ]
+        return [found[b * heads : (b + 1) * heads] for b in range(len(self._kept))]
 
     def nbytes(self) -> Bytes:
         total = super().nbytes()
-        total["device"]["metadata"] += self._sinks_S.nbytes
+        tables = [self._sinks_S, self._next_S, self._gone_S]
         if self._rolls:
-            total["device"]["metadata"] += self._sinks_XD.nbytes + self._seen_S.nbytes
+            tables += [self._cut_S, self._sinks_XD]
+        total["device"]["metadata"] += storage_bytes(*tables)
         return total
 
 
