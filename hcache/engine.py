@@ -1,14 +1,18 @@
-"""Generator: prefill, then greedy decoding with a compressed cache, timed and counted.
+"""Generator: prefill, then decoding with a compressed cache, timed and counted.
 
-Eager for now: each step is one forward of transformers' own model. Knows the cache's interface; nothing of
-what a method does, of benchmarks or of text.
+On a GPU a whole step (append, select or evict, attend, MLP, the choice of a token, the look for an end) is
+one CUDA graph, captured once and replayed for all prompts whose states fit; elsewhere each step is a forward
+of transformers' own model. What was done, and why not otherwise, is in `Generation.engine`. Knows the cache's
+interface; nothing of what a method does, of benchmarks or of text.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -17,21 +21,66 @@ from transformers import PreTrainedModel
 
 from hcache.attention.function import cache_argument
 from hcache.budget import Budget
-from hcache.kv_cache import KVCache
+from hcache.cache.lane import lane_of
+from hcache.cache.offload import check_host_memory
+from hcache.cache.room import Held, Room, StickyRoom
+from hcache.clock import Clock
+from hcache.compiling import Compile, CompiledLayers, decoder_layers
+from hcache.graphs import CaptureFailed, Graphs, Work, capture
+from hcache.kv_cache import KVCache, attention_modules
 from hcache.methods import Method, make
+from hcache.models.chunking import chunked_mlps
+from hcache.registry import choice
+from hcache.tape import Sampling, Tape, padded, text_span
+
+log = logging.getLogger(__name__)
+
+LOOK_AHEAD = 8
+"""Steps that are issued before the host looks whether all sequences had ended."""
+
+
+class GraphMode(Enum):
+    """auto: CUDA graphs where they can be; off: never; on: an error where they can't."""
+
+    auto = "auto"
+    off = "off"
+    on = "on"
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How steps are run; none of it changes what is computed, but for rounding.
+
+    Args:
+        graphs: see GraphMode.
+        compile: decoder layers through torch.compile, in captured decoding only; see Compile.
+    """
+
+    graphs: GraphMode = GraphMode.auto
+    compile: Compile = Compile.off
+
+    @classmethod
+    def of(cls, graphs: str, compile: str) -> EngineSettings:
+        """From the names of the choices. Raises ValueError."""
+        return cls(choice(GraphMode, "runtime.graphs", graphs), choice(Compile, "runtime.compile", compile))
 
 
 @dataclass
 class Timings:
-    """Wall-clock milliseconds of a batch, the device synchronised before each reading.
+    """Milliseconds of a batch: by the device's own clock where there is a GPU, else by the wall's.
 
     Args:
-        prefill_ms: prompt, compression, and the follow-up where there is one.
-        decode_ms: one number a decode step; a step feeds one token of every sequence.
+        prefill_ms: prompt, compression, and the follow-up where there is one; the device is done.
+        decode_ms: one number a decode step; a step feeds one token of every sequence. Steps that compiled
+            or captured something are left out.
+        warmup_ms: what those took, captures included.
+        warmup_steps: how many they were.
     """
 
-    prefill_ms: float
+    prefill_ms: float | None
     decode_ms: list[float]
+    warmup_ms: float = 0.0
+    warmup_steps: int = 0
 
 
 @dataclass
@@ -61,6 +110,7 @@ class Generation:
         timings, memory: see their classes.
         counters: the method's counters, attended_fraction, and decode_steps.
         prompt_tokens: prompt length of each sequence without pads, follow-up not counted.
+        engine: how steps were run; see Session.engine.
     """
 
     tokens: Tensor
@@ -69,14 +119,19 @@ class Generation:
     memory: Memory
     counters: dict[str, float]
     prompt_tokens: list[int]
+    engine: dict[str, Any] = field(default_factory=dict)
 
 
 class Generator:
-    """Greedy generation with one method and budget on one model.
+    """Generation with one method and budget on one model.
+
+    Memory for captured steps stays with the generator, so that the next prompt of the same batch size finds
+    it; `release` lets it go.
 
     Args:
         model: a transformers causal LM.
         method, budget, backend, **hyper: as in KVCache.
+        runtime: how steps are run.
     """
 
     def __init__(
@@ -86,15 +141,18 @@ class Generator:
         budget: Budget | float | int | None = None,
         *,
         backend: str = "auto",
+        runtime: EngineSettings | None = None,
         **hyper: Any,
     ) -> None:
         self.model = model
         self.method = make(method, **hyper)
         self.budget = budget
         self.backend = backend
+        self.runtime = runtime or EngineSettings()
         self.device = torch.device(model.device)
+        self._capture: Callable[[Work], Work] = capture
+        self._captured: _Captured | None = None
 
-    @torch.inference_mode()
     def generate(
         self,
         input_ids: Tensor,
@@ -103,99 +161,266 @@ class Generator:
         stop: Sequence[Sequence[int]] = (),
         seed: int | None = None,
         follow_up: tuple[Tensor, Tensor | None] | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
     ) -> Generation:
-        """Generate greedily until every sequence has stopped.
+        """Generate until every sequence has stopped.
 
         Args:
             input_ids: [B, T] int64, left-padded.
             attention_mask: [B, T], 0 at pads; None where there are none.
             max_new_tokens: at least 1.
             stop: token sequences that end a sequence, besides the model's end-of-text tokens.
-            seed: seeds torch for methods that draw random numbers.
+            seed: seeds torch for methods that draw random numbers, and for sampling.
             follow_up: (ids [B, T2], mask [B, T2] or None) fed after the prompt has been compressed.
+            temperature, top_p: see Sampling; greedy by default.
 
         Raises:
-            ValueError: max_new_tokens below 1.
+            ValueError: max_new_tokens below 1, sampling that can't be.
             InfeasibleBudget: the method can't run within the budget on these prompts.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        session = self.begin(
+            input_ids, attention_mask, max_new_tokens, stop, seed, follow_up, temperature, top_p
+        )
+        session.decode()
+        return session.result()
+
+    @torch.inference_mode()
+    def begin(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int = 128,
+        stop: Sequence[Sequence[int]] = (),
+        seed: int | None = None,
+        follow_up: tuple[Tensor, Tensor | None] | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+    ) -> Session:
+        """The prompt alone: a session that can be decoded. Arguments as in `generate`."""
+        extra = 0 if follow_up is None else follow_up[0].shape[1]
+        session = self._session(input_ids.shape[0], max_new_tokens, stop, seed, extra, temperature, top_p)
+        session.prefill(input_ids, attention_mask, follow_up)
+        return session
+
+    @torch.inference_mode()
+    def begin_filled(
+        self, prompt_tokens: int, batch: int = 1, max_new_tokens: int = 128, seed: int | None = None
+    ) -> Session:
+        """A session after a prompt of random queries, keys and values that the model never saw.
+
+        Times what follows a prompt without the time of its prefill; what comes out means nothing, and no
+        token ends it.
+        """
+        session = self._session(batch, max_new_tokens, None, seed, 0, 0.0, 1.0)
+        session.fill(prompt_tokens, batch)
+        return session
+
+    def release(self) -> None:
+        """Let go of captured steps and their memory."""
+        self._captured = None
+
+    def _session(
+        self,
+        batch: int,
+        limit: int,
+        stop: Sequence[Sequence[int]] | None,
+        seed: int | None,
+        extra: int,
+        temperature: float,
+        top_p: float,
+    ) -> Session:
+        if limit < 1:
+            raise ValueError(f"max_new_tokens={limit} must be at least 1")
+        sampling = Sampling(temperature, top_p)
         if seed is not None:
             torch.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        extra = 0 if follow_up is None else follow_up[0].shape[1]
+        captured, reason = self._engine_for(batch, sampling)
         cache = KVCache(
-            self.model, self.method, self.budget, backend=self.backend, reserve_tokens=max_new_tokens + extra
+            self.model,
+            self.method,
+            self.budget,
+            backend=self.backend,
+            reserve_tokens=limit + extra,
+            rooms=None if captured is None else captured.rooms,
         )
-        run = _Run(self, cache, stop, max_new_tokens)
-        memory = run.prefill(input_ids, attention_mask, follow_up)
-        run.decode()
-        return run.result(memory)
+        ends: list[tuple[int, ...]] = [] if stop is None else [(token,) for token in end_tokens(self.model)]
+        ends += [tuple(sequence) for sequence in stop or () if sequence]
+        return Session(self.model, cache, sampling, limit, ends, captured, reason)
+
+    def _engine_for(self, batch: int, sampling: Sampling) -> tuple[_Captured | None, str]:
+        """Captured steps for this batch size, or why there are none."""
+        reason = self._why_eager()
+        if reason:
+            if self.runtime.graphs is GraphMode.on:
+                raise ValueError(f"runtime.graphs=on, but {reason}; set runtime.graphs=auto")
+            return None, reason
+        if self._captured is None or not self._captured.fits(batch, sampling):
+            self._captured = None  # before the next one takes its memory
+            self._captured = _Captured(self.model, batch, sampling, self.runtime.compile, self._capture)
+        return self._captured, ""
+
+    def _why_eager(self) -> str:
+        """Why steps of this model can't be captured here; empty if they can."""
+        if self.runtime.graphs is GraphMode.off:
+            return "runtime.graphs=off"
+        if self.device.type != "cuda" and self._capture is capture:
+            return f"the model is on {self.device.type}, CUDA graphs need a GPU"
+        if len({parameter.device for parameter in self.model.parameters()}) > 1:
+            return "the model is spread over several devices"
+        if getattr(self.model, "is_quantized", False):
+            return "the model is quantised"
+        return ""
 
 
-class _Run:
-    """One call of generate."""
+class Session:
+    """One batch: its prompt, and decoding as far as one asks.
+
+    Attributes:
+        cache: the compressed cache.
+        prefill_ms: None where there was no prompt to run.
+        memory: bytes right after the prompt.
+    """
 
     def __init__(
-        self, generator: Generator, cache: KVCache, stop: Sequence[Sequence[int]], limit: int
+        self,
+        model: PreTrainedModel,
+        cache: KVCache,
+        sampling: Sampling,
+        limit: int,
+        ends: Sequence[Sequence[int]],
+        captured: _Captured | None,
+        reason: str,
     ) -> None:
-        self._model, self._device, self._cache = generator.model, generator.device, cache
-        self._ends = [(token,) for token in end_tokens(generator.model)] + [tuple(s) for s in stop if s]
-        self._limit = limit
-        self._argument = cache_argument(generator.model)
-        self._prefill_ms = 0.0
-        self._decode_ms: list[float] = []
+        self._model, self._device, self.cache = model, torch.device(model.device), cache
+        self._sampling, self._limit, self._ends = sampling, limit, ends
+        self._captured, self._reason = captured, reason
+        self._argument = cache_argument(model)
+        self.clock = Clock(self._device)
+        self.prefill_ms: float | None = None
         self._counters: dict[str, float] = {}
+        self._decode_ms: list[float] = []
+        self._steps, self._warm = 0, 0
+        self._warmed_before = 0.0 if captured is None else captured.warmup_ms
 
     def prefill(
         self, ids: Tensor, mask: Tensor | None, follow_up: tuple[Tensor, Tensor | None] | None
-    ) -> Memory:
+    ) -> None:
         """Feed prompt and follow-up; choose the first token."""
         ids = ids.to(self._device)
         mask = _padding(mask, self._device)
-        start = self._now()
-        logits = self._forward(ids, mask, _positions(ids, mask, None))
-        self._next = (ids.shape[1] if mask is None else mask.sum(1)) * torch.ones_like(ids[:, 0])
-        self._prefill_ms = self._now() - start
-        memory = self._measure()
+        self._check_host([ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist())
+        start = self.clock.now()
+        with chunked_mlps(self._model):
+            logits = self._forward(ids, mask, _positions(ids, mask, None))
+        next_B = (ids.shape[1] if mask is None else mask.sum(1)) * torch.ones_like(ids[:, 0])
+        self.prefill_ms = self.clock.now() - start
+        self.memory = self._measure()
         if follow_up is not None:
-            start = self._now()
-            logits = self._follow(ids, mask, *follow_up)
-            self._prefill_ms += self._now() - start
-        self._token = logits.argmax(-1)
-        self._lengths: list[int | None] = [None] * ids.shape[0]
-        self._rows: list[list[int]] = [[] for _ in range(ids.shape[0])]
-        self._record()
-        return memory
+            start = self.clock.now()
+            logits, next_B = self._follow(ids, mask, next_B, *follow_up)
+            self.prefill_ms += self.clock.now() - start
+        self._start(self._sampling.choose(logits), next_B)
 
-    def _follow(self, ids: Tensor, mask: Tensor | None, more: Tensor, more_mask: Tensor | None) -> Tensor:
-        """Feed a left-padded follow-up after the compressed prompt."""
+    def _check_host(self, counts: list[int]) -> None:
+        """Raise HostMemoryError where what is to wait beside the GPU doesn't fit in host memory."""
+        if self._device.type == "cuda":
+            cache, size = self.cache, self._model.dtype.itemsize
+            plans = (cache.method.usage(cache.geometry, cache.budget, n, size) for n in counts)
+            rooms = [] if self._captured is None else self._captured.rooms
+            check_host_memory(sum(plan.host_bytes for plan in plans) - sum(r.pinned_bytes for r in rooms))
+
+    def fill(self, prompt_tokens: int, batch: int) -> None:
+        """Put random numbers where the prompt would be; token 0 comes first."""
+        self._check_host([prompt_tokens] * batch)
+        self.cache.fill(prompt_tokens, batch, self._model.dtype, self._device)
+        self.memory = self._measure()
+        first_B = torch.zeros(batch, dtype=torch.int64, device=self._device)
+        self._start(first_B, first_B + prompt_tokens)
+
+    def _follow(
+        self, ids: Tensor, mask: Tensor | None, next_B: Tensor, more: Tensor, more_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Feed a left-padded follow-up after the compressed prompt: its logits, and what position is next."""
         more, more_mask = more.to(self._device), _padding(more_mask, self._device)
-        positions = _positions(more, more_mask, self._next)
+        positions = _positions(more, more_mask, next_B)
         full = None
         if more_mask is not None:
             full = torch.cat([torch.ones_like(ids) if mask is None else mask, more_mask], dim=1)
-        logits = self._forward(more, full, positions)
-        self._next = self._next + (more.shape[1] if more_mask is None else more_mask.sum(1))
-        return logits
+        with chunked_mlps(self._model):
+            logits = self._forward(more, full, positions)
+        return logits, next_B + (more.shape[1] if more_mask is None else more_mask.sum(1))
 
-    def decode(self) -> None:
-        """Feed token by token until all sequences have ended or the limit is reached."""
-        while None in self._lengths and len(self._rows[0]) < self._limit:
-            start = self._now()
-            logits = self._forward(self._token.unsqueeze(1), self._going_on(), self._next.unsqueeze(1))
-            self._token = logits.argmax(-1)
-            self._decode_ms.append(self._now() - start)
-            self._next = self._next + 1
-            self._record()
+    def _start(self, first_B: Tensor, next_B: Tensor) -> None:
+        room = Room() if self._captured is None else self._captured.room
+        self._feed = _Feed(first_B, next_B, self._limit, self._ends, room)
+        if self._captured is not None:
+            self._captured.take(self.cache, self._feed)
 
-    def _going_on(self) -> Tensor | None:
-        """Mask [B, 1] that leaves out sequences that have ended; None while there are none."""
-        if not any(length is not None for length in self._lengths):
-            return None
-        alive = [[int(length is None)] for length in self._lengths]
-        return torch.tensor(alive, device=self._device)
+    @torch.inference_mode()
+    def decode(self, steps: int | None = None) -> list[float]:
+        """Feed token by token: `steps` of them, or until all sequences have ended or the limit is reached.
+
+        Returns:
+            Milliseconds of each step that neither compiled nor captured anything.
+        """
+        left = self._limit - 1 - self._steps
+        until_end = steps is None
+        wanted = left if steps is None else steps
+        if wanted > left:
+            raise ValueError(f"{wanted} steps are more than the {left} left of max_new_tokens={self._limit}")
+        before = len(self._decode_ms)
+        if self._captured is not None:
+            wanted = self._replay(wanted, until_end)
+        if self._captured is None:  # from the start, or since a capture has failed
+            self._eager(wanted, until_end)
+        return self._decode_ms[before:]
+
+    def _eager(self, wanted: int, until_end: bool) -> None:
+        tape = self._feed.tape
+        for _ in range(wanted):
+            done_B = tape.done_B.tolist()
+            if until_end and all(done_B):
+                return
+            start = self.clock.now()
+            alive = None if not any(done_B) or not until_end else (~tape.done_B).long().unsqueeze(1)
+            logits = self._forward(self._feed.token_B1, alive, self._feed.position_B1)
+            self._feed.take(self._sampling.choose(logits))
+            self._decode_ms.append(self.clock.now() - start)
+            self._steps += 1
+
+    def _replay(self, wanted: int, until_end: bool) -> int:
+        """Captured steps. Returns how many are left to be done eagerly: none, unless a capture failed."""
+        captured = self._captured
+        assert captured is not None
+        ended: deque[Callable[[], bool]] = deque()
+        laps: list[Callable[[], float]] = []
+        while wanted and not captured.failure:
+            if until_end:
+                ended.append(self.clock.flag(self._feed.tape.finished))
+                if len(ended) > LOOK_AHEAD and ended.popleft()():
+                    wanted = 0
+                    break
+            lap = self.clock.lap()
+            if captured.step(self.cache):
+                laps.append(lap())
+            else:
+                self._warm += 1
+            wanted -= 1
+            self._steps += 1
+        captured.join()
+        self._decode_ms += [lap() for lap in laps]
+        if captured.failure:
+            self._give_up(captured.failure)
+        return wanted
+
+    def _give_up(self, failure: str) -> None:
+        """Go on eagerly after a step that couldn't be captured; the step itself has been done."""
+        self._reason = f"a step could not be captured: {failure}"
+        log.warning("decoding goes on eagerly: %s", self._reason)
+        self._captured = None
 
     def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         """Logits [B, V] after the last of these tokens."""
@@ -205,51 +430,161 @@ class _Run:
             position_ids=positions,
             use_cache=True,
             logits_to_keep=1,
-            **{self._argument: self._cache},
+            **{self._argument: self.cache},
         )
         return output.logits[:, -1]
 
-    def _record(self) -> None:
-        """Append the chosen tokens and see which sequences end with them."""
-        for b, token in enumerate(self._token.tolist()):
-            row = self._rows[b]
-            row.append(token)
-            if self._lengths[b] is None:
-                ended = [end for end in self._ends if tuple(row[-len(end) :]) == end]
-                if ended:
-                    self._lengths[b] = len(row) - max(len(end) for end in ended)
-
     def _measure(self) -> Memory:
         """Bytes right after the prompt."""
-        sides = self._cache.nbytes()
+        sides = self.cache.nbytes()
         cuda = self._device.type == "cuda"
-        self._counters["attended_fraction"] = self._cache.attended_fraction()
+        self._counters["attended_fraction"] = self.cache.attended_fraction()
         return Memory(
             device_payload=sides["device"]["payload"],
             device_metadata=sides["device"]["metadata"],
             device_reserved=sides["device"]["reserved"],
             host_payload=sides["host"]["payload"],
-            full_kv_bytes=self._cache.full_nbytes(),
+            full_kv_bytes=self.cache.full_nbytes(),
             peak_device_bytes=torch.cuda.max_memory_allocated(self._device) if cuda else None,
         )
 
-    def result(self, memory: Memory) -> Generation:
+    @property
+    def engine(self) -> dict[str, Any]:
+        """name (graph or eager), reason (why eager), backend, compile, captures, graphs, warmup_ms so far."""
+        captured = self._captured
+        return {
+            "name": "eager" if captured is None else "graph",
+            "reason": self._reason,
+            "backend": self.cache.backend_name,
+            "compile": Compile.off.name if captured is None else captured.compile.name,
+            "captures": 0 if captured is None else captured.graphs.captures,
+            "graphs": 0 if captured is None else len(captured.graphs),
+            "warmup_ms": 0.0 if captured is None else captured.warmup_ms,
+        }
+
+    def counters(self) -> dict[str, float]:
+        """The method's counters so far, attended_fraction, and decode_steps."""
+        return {**self._counters, **self.cache.counters(), "decode_steps": len(self._decode_ms)}
+
+    def result(self) -> Generation:
         """Everything of the call; tokens behind a sequence's end are pads."""
+        rows = self._feed.tape.rows(1 + self._steps)
+        spans = [text_span(row, self._ends) for row in rows]
+        longest = max(through for _, through in spans)
+        rows, lengths = [row[:longest] for row in rows], [before for before, _ in spans]
         pad = next((end[0] for end in self._ends if len(end) == 1), 0)
-        tokens = torch.tensor(self._rows)
-        lengths = [tokens.shape[1] if length is None else length for length in self._lengths]
-        behind = torch.arange(tokens.shape[1]) >= torch.tensor(lengths).unsqueeze(1)
-        counters = {**self._counters, **self._cache.counters(), "decode_steps": len(self._decode_ms)}
-        timings = Timings(self._prefill_ms, self._decode_ms)
+        overshot = self._steps - (longest - 1)
+        decode_ms = self._decode_ms[: len(self._decode_ms) - overshot] if overshot else self._decode_ms
+        warmup = 0.0 if self._captured is None else self._captured.warmup_ms - self._warmed_before
+        counters = {**self.counters(), "decode_steps": len(decode_ms)}
         return Generation(
-            tokens.masked_fill(behind, pad), lengths, timings, memory, counters, self._cache.prompt_tokens
+            padded(rows, lengths, pad),
+            lengths,
+            Timings(self.prefill_ms, decode_ms, warmup, self._warm),
+            self.memory,
+            counters,
+            self.cache.prompt_tokens,
+            self.engine,
         )
 
-    def _now(self) -> float:
-        """Milliseconds, after all work on the device is done."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter() * 1e3
+
+class _Feed(Held):
+    """What goes into the next step, and the tape that its token goes to."""
+
+    def __init__(
+        self, first_B: Tensor, next_B: Tensor, limit: int, ends: Sequence[Sequence[int]], room: Room
+    ) -> None:
+        self.token_B1, self.position_B1 = first_B.unsqueeze(1).clone(), next_B.unsqueeze(1).clone()
+        # Four dimensions: transformers hands it on as it is and looks for no pads.
+        self.unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=first_B.device)
+        self.tape = Tape(first_B, limit, ends, room)
+
+    def take(self, token_B: Tensor) -> None:
+        """The token that a step has chosen."""
+        self.tape.write(token_B)
+        self.token_B1.copy_(token_B.unsqueeze(1))
+        self.position_B1 += 1
+
+
+class _Captured:
+    """Steps of one batch size, captured, and the room that their tensors stay in.
+
+    Attributes:
+        rooms: one a layer; `room` is that of what is fed.
+        failure: why the latest step couldn't be captured; empty if it could.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch: int,
+        sampling: Sampling,
+        how: Compile,
+        capture: Callable[[Work], Work],
+    ) -> None:
+        self._model, self._key, self._sampling = model, (batch, sampling), sampling
+        modules = attention_modules(model, model.config.get_text_config().num_hidden_layers)
+        self.rooms, self.room = [StickyRoom() for _ in modules], StickyRoom()
+        self.compile, self.failure = how, ""
+        self._layers = CompiledLayers(decoder_layers(model, modules), how)
+        self.graphs, self._background = Graphs(capture), Graphs(capture)
+        self._lane = lane_of(torch.device(model.device), "background")
+
+    def fits(self, batch: int, sampling: Sampling) -> bool:
+        """Whether these steps are those of such a batch, and still good."""
+        return self._key == (batch, sampling) and not self.failure
+
+    @property
+    def warmup_ms(self) -> float:
+        """First runs and captures so far."""
+        return self.graphs.warmup_ms + self._background.warmup_ms
+
+    def take(self, cache: KVCache, feed: _Feed) -> None:
+        """Go on with another prompt. What was captured stays good if everything fits in its room."""
+        self.room.adopt(feed)
+        cache.adopt_pending()
+        self._feed = feed
+        changes = [room.forget_changes() for room in (*self.rooms, self.room)]
+        if any(changes) and len(self.graphs):
+            log.info("steps are captured anew: %d tensors have outgrown their room", sum(changes))
+            self.graphs.drop()
+            self._background.drop()
+
+    def step(self, cache: KVCache) -> bool:
+        """One step of every sequence. True if all of it was replayed."""
+        turns = cache.ready()
+        kind = tuple(turn.kind for turn in turns)
+        if any(turn.joins for turn in turns):
+            self._lane.join()
+        feed = self._feed
+        replayed = self._run(self.graphs, kind, lambda: self._advance(cache, feed))
+        if any(turn.starts for turn in turns):
+            with self._lane.beside():
+                replayed &= self._run(self._background, kind, cache.background)
+        return replayed
+
+    def join(self) -> None:
+        """What follows waits for background work too."""
+        self._lane.join()
+
+    def _run(self, graphs: Graphs, kind: Hashable, work: Work) -> bool:
+        try:
+            return graphs.run(kind, work)
+        except CaptureFailed as error:
+            self.failure = str(error)
+            work()
+            return False
+
+    def _advance(self, cache: KVCache, feed: _Feed) -> None:
+        with cache.stepping(), self._layers.on():
+            output = self._model(
+                input_ids=feed.token_B1,
+                attention_mask=feed.unmasked,
+                position_ids=feed.position_B1,
+                use_cache=False,
+                logits_to_keep=1,
+            )
+        feed.take(self._sampling.choose(output.logits[:, -1]))
 
 
 def _padding(mask: Tensor | None, device: torch.device) -> Tensor | None:

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
@@ -21,10 +24,15 @@ from hcache.attention import function as attention
 from hcache.attention.backends import CHUNK, resolve
 from hcache.attention.rope import Rope
 from hcache.budget import Budget
-from hcache.cache.state import Bytes, LayerState, add_bytes, no_bytes
+from hcache.cache.lane import lane_of
+from hcache.cache.room import Room
+from hcache.cache.state import Bytes, LayerState, Turn, add_bytes, no_bytes
 from hcache.geometry import Geometry
 from hcache.methods import Method, make
 from hcache.models.identity import config_geometry, model_geometry
+
+SIDE_BY_SIDE = 4
+"""Layers whose background work runs at the same time."""
 
 
 class _Length(CacheLayerMixin):
@@ -64,8 +72,9 @@ class KVCache(Cache):
         model: a transformers causal LM whose layers all have plain full attention.
         method: registered name or Method.
         budget: Budget, float (kept_fraction) or int (kept_tokens); methods without a budget need none.
-        backend: attention backend, "auto", "sdpa" or "reference".
+        backend: attention backend, "auto", "triton", "sdpa" or "reference".
         reserve_tokens: tokens expected after the prompt; more are fine, at the price of a copy.
+        rooms: one a layer, where steps are captured; see hcache.cache.room.
         **hyper: the method's hyper-parameters.
 
     Raises:
@@ -81,17 +90,20 @@ class KVCache(Cache):
         *,
         backend: str = "auto",
         reserve_tokens: int = CHUNK,
+        rooms: Sequence[Room] | None = None,
         **hyper: Any,
     ) -> None:
         self.method = make(method, **hyper)
         self.budget = _budget(self.method, budget)
-        self.backend_name, self._backend = resolve(backend)
+        self.backend_name, self._backend = resolve(backend, model.device.type)
         self.geometry: Geometry = (
             model_geometry(model) if self.method.profiled else config_geometry(model.config)
         )
+        self._device = torch.device(model.device)
         self._rope = Rope.of(model) if self.method.needs_rope else None
         self._modules = attention_modules(model, self.geometry.layers)
         self._reserve = reserve_tokens
+        self._rooms = rooms or [Room()] * self.geometry.layers
         self.states: list[LayerState] = []
         self.prompt_tokens: list[int] = []
         self._lengths = [_Length() for _ in range(self.geometry.layers)]
@@ -132,12 +144,62 @@ class KVCache(Cache):
             raise ValueError(
                 f"attention_mask leaves sequence {counts.index(0)} of the batch without a token; leave it out"
             )
+        self._make_states(counts)
+
+    def _make_states(self, counts: list[int]) -> None:
         states = self.method.layers(self.geometry, self.budget, counts)
-        for state in states:
-            state.backend, state.reserve_tokens = self._backend, self._reserve
+        for state, room in zip(states, self._rooms, strict=True):
+            state.backend, state.reserve_tokens, state.room = self._backend, self._reserve, room
             if self._rope is not None:
                 state.rope = self._rope
         self.states, self.prompt_tokens = states, counts
+
+    def fill(self, prompt_tokens: int, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Random queries, keys and values for a prompt that the model never sees, to time what follows it.
+
+        Unit normal, from torch's generator of the device; the same shapes in every layer as from the model.
+        """
+        if self.states:
+            raise ValueError("this KVCache has a prompt already; make a new one")
+        self._make_states([prompt_tokens] * batch)
+        self._itemsize = dtype.itemsize
+        dim = self.geometry.head_dim
+        for state, length in zip(self.states, self._lengths, strict=True):
+            q, k, v = (
+                torch.randn(batch, heads, prompt_tokens, dim, dtype=dtype, device=device)
+                for heads in (self.geometry.query_heads, self.geometry.kv_heads, self.geometry.kv_heads)
+            )
+            state.prefill(q, k, v, None)
+            if not state.pending:
+                state.room.adopt(state)
+            length.seen = prompt_tokens
+
+    def adopt_pending(self) -> None:
+        """Let rooms take over the states that the prompt's last layer has finished."""
+        for state in self.states:
+            state.room.adopt(state)
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Within it, a forward of one token without a cache is `advance` of the states."""
+        with self._switch.on(), attention.stepping(self._modules, self.states):
+            yield
+
+    def ready(self) -> tuple[Turn, ...]:
+        """Count one step of every sequence in all layers: their turns."""
+        for length in self._lengths:
+            length.seen += 1
+        return tuple(state.ready(True) for state in self.states)
+
+    def background(self) -> None:
+        """Background work of all layers, several side by side: each is a chain of small operations."""
+        # No lane without work: in a captured graph only what has begun there can be joined.
+        lanes = [lane_of(self._device, f"layers{i}") for i in range(min(SIDE_BY_SIDE, len(self.states)))]
+        for layer, state in enumerate(self.states):
+            with lanes[layer % len(lanes)].beside():
+                state.background()
+        for lane in lanes:
+            lane.join()
 
     def kept(self, layer: int) -> list[list[Tensor]]:
         """[sequence][KV head] -> sorted LongTensor of the prompt positions a decode step can attend to.
@@ -243,16 +305,31 @@ class _Switch:
         if mask is not None and mask.dim() != 2:
             raise ValueError(f"KVCache takes a 2-D attention_mask [B, T], got {mask.dim()} dimensions")
         cache.begin(shape[0], shape[1], mask)
+        self._turn_on()
+        self.active = True
+
+    def _turn_on(self) -> None:
         self._before = [config._attn_implementation for config in self._configs]
         for config in self._configs:
             config._attn_implementation = attention.NAME
-        self.active = True
+
+    def _turn_off(self) -> None:
+        for config, name in zip(self._configs, self._before, strict=True):
+            config._attn_implementation = name
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Within it, forwards that carry no cache use our attention function too."""
+        self._turn_on()
+        try:
+            yield
+        finally:
+            self._turn_off()
 
     def _off(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
         if not self.active:
             return
-        for config, name in zip(self._configs, self._before, strict=True):
-            config._attn_implementation = name
+        self._turn_off()
         self.active = False
         # torch calls this hook with no output when the forward raised.
         self.broken = output is None

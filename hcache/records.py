@@ -31,7 +31,7 @@ PREDICTIONS_FILE = "predictions.jsonl"
 _REQUIRED = ("schema", "status", "cell", "config", "config_hash", "provenance")
 # What the hash covers of a configuration, and what it leaves out there: where things lie and how many
 # examples.
-_RUNTIME_IDENTITY = ("batch_size", "seed")
+_RUNTIME_IDENTITY = ("batch_size", "seed", "compile", "temperature", "top_p")
 _NOT_IDENTITY = ("limit", "shard", "path", "profile")
 _PATH_SUFFIXES = ("_dir", "_path", "_file")
 
@@ -75,7 +75,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     kept = {section: _without_places(config[section]) for section in ("model", "method", "benchmark")}
     kept["budget"] = config["budget"]
-    kept["runtime"] = {key: config["runtime"][key] for key in _RUNTIME_IDENTITY}
+    runtime = config["runtime"]  # of a record of an earlier version: without what came later
+    kept["runtime"] = {key: runtime[key] for key in _RUNTIME_IDENTITY if key in runtime}
     return kept
 
 

@@ -34,6 +34,7 @@ def summarise(lines: Sequence[Line], requested: Mapping[str, Any]) -> dict[str, 
         "budget": budget,
         "memory": memory,
         "latency": _latency(lines),
+        "engine": _engine(lines),
         "counters": counters,
     }
 
@@ -81,6 +82,19 @@ def _latency(lines: Sequence[Line]) -> dict[str, Any]:
         "tokens_per_s": _throughput(stepped),
         "host_to_device_bytes_per_token": moved / max(fed, 1),
     }
+
+
+def _engine(lines: Sequence[Line]) -> dict[str, Any]:
+    """How steps were run; `name` is mixed where a resumed or failed capture made it differ."""
+    engines = [line["engine"] for line in lines if "engine" in line]
+    batches = {line["batch"]: line["warmup_ms"] for line in lines if "warmup_ms" in line}
+    found: dict[str, Any] = {"warmup_ms": math.fsum(batches.values())}
+    for key in ("name", "backend", "compile"):
+        values = list(dict.fromkeys(engine[key] for engine in engines))
+        found[key] = values[0] if len(values) == 1 else "mixed" if values else None
+    found["captures"] = max((engine["captures"] for engine in engines), default=0)
+    found["reasons"] = list(dict.fromkeys(engine["reason"] for engine in engines if engine["reason"]))
+    return found
 
 
 def _throughput(stepped: Sequence[Line]) -> float | None:

@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hcache import records
 from hcache.budget import Budget
-from hcache.engine import Generation, Generator
+from hcache.engine import EngineSettings, Generation, Generator
 from hcache.models import LoadedModel, load
 from hcache.records import Line
 from runners.config import RunConfig, budget_of
@@ -48,6 +48,7 @@ class Worker:
         self._run = run
         self._loaded = _loaded(run)
         self._budget = budget_of(run)
+        self._latest_generator: Generator | None = None
         self.prompts = _prompts(run, self._loaded)
         _check_context(self.prompts, self._loaded)
         lengths = [prompt.tokens for prompt in self.prompts]
@@ -100,19 +101,35 @@ class Worker:
         ]
 
     def _generate(self, budget: Budget, batch: Sequence[Prompt]) -> Generation:
-        tokenizer, spec = self._loaded.tokenizer, self._run.model
+        tokenizer = self._loaded.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
         ids, mask = left_pad([prompt.ids for prompt in batch], pad)
         follow_ups = [prompt.follow_up for prompt in batch if prompt.follow_up is not None]
-        first = batch[0].example
-        return Generator(self._loaded.model, self._run.method, budget, backend=spec.attention).generate(
+        first, runtime = batch[0].example, self._run.runtime
+        return self._generator(budget).generate(
             ids,
             mask,
             max_new_tokens=first.max_new_tokens,
             stop=[encode(tokenizer, text, start=False).tolist() for text in first.stop],
-            seed=self._run.runtime.seed,
+            seed=runtime.seed,
             follow_up=left_pad(follow_ups, pad) if follow_ups else None,
+            temperature=runtime.temperature,
+            top_p=runtime.top_p,
         )
+
+    def _generator(self, budget: Budget) -> Generator:
+        """The generator of the latest batch, with what it has captured, if the budget is the same."""
+        if self._latest_generator is None or self._latest_generator.budget != budget:
+            self._latest_generator = None  # before the next one takes its memory
+            run, settings = self._run, self._run.runtime
+            self._latest_generator = Generator(
+                self._loaded.model,
+                run.method,
+                budget,
+                backend=run.model.attention,
+                runtime=EngineSettings.of(settings.graphs, settings.compile),
+            )
+        return self._latest_generator
 
     def _text(self, prompt: Prompt, generation: Generation, b: int) -> str:
         """The answer in what came out; the benchmark cuts it at stop texts that token ids didn't show."""
@@ -171,6 +188,8 @@ def measured(generation: Generation, b: int) -> dict[str, Any]:
         "decode_steps": len(steps),
         "memory": {**{name: value / size for name, value in memory.items()}, "peak_device_bytes": peak},
         "counters": counters,
+        "warmup_ms": generation.timings.warmup_ms,
+        "engine": generation.engine,
     }
 
 
