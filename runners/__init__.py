@@ -16,7 +16,12 @@ from hcache.registry import unknown_name
 if TYPE_CHECKING:
     from runners.config import RunConfig
 
-RUNNERS = {"budget": "runners.budget", "evaluate": "runners.evaluate", "profile": "runners.profile"}
+RUNNERS = {
+    "budget": "runners.budget",
+    "evaluate": "runners.evaluate",
+    "latency": "runners.latency",
+    "profile": "runners.profile",
+}
 COMPARING = ("budget",)
 """Runners that take all cells of a command at once and show them in one table: they sweep without -m."""
 

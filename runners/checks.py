@@ -7,12 +7,12 @@ from contextlib import suppress
 
 from hcache import records
 from hcache.budget import InfeasibleBudget
-from hcache.geometry import Geometry
 from hcache.methods import EvictionMethod
 from hcache.models import ModelSpec, check_path
 from hcache.registry import unknown_name
 from runners import RUNNERS
 from runners.config import ConfigError, RunConfig, budget_of, geometry_of
+from runners.latency_settings import check_latency
 from runners.plan import PlannedCell, compose_all, planned
 from runners.prompts import check_lengths
 
@@ -27,20 +27,25 @@ def check_all(overrides: Sequence[str], multirun: bool) -> list[PlannedCell]:
 
 
 def check_run(run: RunConfig) -> PlannedCell | None:
-    """The cell that `run` plans; None for another runner than evaluate, which keeps records of its own.
+    """The cell that `run` plans; None for runners that leave no record of a cell.
 
     Raises:
         ValueError: settings that don't go together, a model that isn't there, a foreign profile, a record
             at the cell's place that can't be read back.
     """
     _check_names(run)
-    if run.runner.name != "evaluate":
+    _check_tokenizer(run)
+    if run.runner.name not in ("evaluate", "latency"):
         check_path(run.model)
         return None
     _check_window(run)
     check_path(run.model)
-    with suppress(InfeasibleBudget):  # a result, not a mistake: the cell will say so in its record
-        known_infeasible(run)
+    if run.runner.name == "latency":
+        check_latency(run)
+        _check_own_profile(run)
+    else:
+        with suppress(InfeasibleBudget):  # a result, not a mistake: the cell will say so in its record
+            known_infeasible(run)
     plan = planned(run)
     records.read_result(plan.directory)
     return plan
@@ -54,6 +59,15 @@ def _check_names(run: RunConfig) -> None:
         raise ConfigError(
             f"tag={run.tag!r} names a directory and a W&B group: "
             f"use up to {_TAG_CHARACTERS} letters, digits and ._=+-"
+        )
+
+
+def _check_tokenizer(run: RunConfig) -> None:
+    """Random weights understand no text: they can be timed and planned for, nothing else."""
+    if run.model.random and run.runner.name in ("evaluate", "profile"):
+        raise ConfigError(
+            f"model={run.model.name} has random weights and no tokenizer, so runner={run.runner.name} can't "
+            f"use it; time it with runner=latency model={run.model.name}, or choose a model with weights"
         )
 
 
@@ -76,20 +90,28 @@ def known_infeasible(run: RunConfig) -> None:
         InfeasibleBudget: no example of the benchmark could run.
         ValueError: the method refuses the model (a foreign profile, or none).
     """
+    _check_tokenizer(run)
     shape = geometry_of(run.model)
-    if run.method.profiled is not None:
-        if shape.fingerprint is None:
-            return  # Which profile fits can't be told before the weights are here.
-        _check_profile(run, shape)
+    if run.method.profiled is not None and shape.fingerprint is None:
+        return  # Which profile fits can't be told before the weights are here.
+    _check_own_profile(run)
     lengths = run.benchmark.prompt_lengths()
     if run.method.uses_budget and lengths:
         check_lengths(run.method, shape, budget_of(run), lengths)
 
 
-def _check_profile(run: RunConfig, shape: Geometry) -> None:
-    """Raise ConfigError, with the command that makes one, where there is no profile; ForeignProfile."""
+def _check_own_profile(run: RunConfig) -> None:
+    """Raise ConfigError, with the command that makes one, where there is no profile; ForeignProfile.
+
+    Only where the weights are here, and with them what a profile is tied to.
+    """
     from hcache.profiling import ProfileNotFound
 
+    if run.method.profiled is None:
+        return
+    shape = geometry_of(run.model)
+    if shape.fingerprint is None:
+        return
     try:
         run.method.profiled.head_profile(shape)
     except ProfileNotFound as error:
@@ -98,5 +120,5 @@ def _check_profile(run: RunConfig, shape: Geometry) -> None:
 
 def asked_model(spec: ModelSpec) -> str:
     """What to type on the command line for this model."""
-    known = spec.path == spec.name
+    known = spec.path == spec.name or spec.random
     return f"model={spec.name}" if known else f"model=hf model.path={spec.path}"

@@ -27,9 +27,13 @@ from hcache.budget import Budget
 from hcache.geometry import Geometry
 from hcache.models import ModelSpec
 from hcache.models.source import local_directory
+from hcache.registry import unknown_name
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 _WEIGHTS = (".safetensors", ".bin")
+GRAPHS, COMPILE = ("auto", "off", "on"), ("off", "default", "tuned")
+"""Choices of runtime.graphs and runtime.compile (hcache.engine.EngineSettings, which imports torch)."""
+
 DEFAULT_FRACTION = 0.25
 """Kept where neither budget.kept_fraction nor budget.kept_tokens is set."""
 
@@ -70,12 +74,19 @@ class RuntimeConfig:
         batch_size: sequences that decode side by side.
         seed: of everything random while generating.
         threads: CPU threads of torch; None leaves torch's own choice.
+        graphs: decode steps as CUDA graphs: auto (where they can be), off, on (an error where they can't).
+        compile: decoder layers through torch.compile in captured decoding: off, default, tuned.
+        temperature, top_p: how a token is drawn; temperature 0 takes the most likely one.
     """
 
     device: str = "auto"
     batch_size: int = 1
     seed: int = 0
     threads: int | None = None
+    graphs: str = "auto"
+    compile: str = "off"
+    temperature: float = 0.0
+    top_p: float = 1.0
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -83,6 +94,14 @@ class RuntimeConfig:
         if self.threads is not None and self.threads < 1:
             raise ConfigError(
                 f"runtime.threads={self.threads} must be at least 1, or null for torch's own choice"
+            )
+        for key, allowed in (("graphs", GRAPHS), ("compile", COMPILE)):
+            if getattr(self, key) not in allowed:
+                raise ConfigError(unknown_name(f"runtime.{key}", getattr(self, key), allowed))
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or (self.top_p < 1 and not self.temperature):
+            raise ConfigError(
+                f"runtime.temperature={self.temperature} must be 0 (greedy) or more, and "
+                f"runtime.top_p={self.top_p} above 0 and at most 1, where it is below 1 with a temperature"
             )
 
 
@@ -101,7 +120,8 @@ class RunConfig:
     """The root of the configuration: everything one cell needs. `method` and `benchmark` are library
     dataclasses.
 
-    `profile` and `budget_table` hold the settings of runner=profile and runner=budget, null for others.
+    `profile`, `budget_table` and `latency` hold the settings of runner=profile, runner=budget and
+    runner=latency, null for others.
     """
 
     model: ModelSpec = field(default_factory=ModelSpec)
@@ -113,6 +133,7 @@ class RunConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     profile: Any = None
     budget_table: Any = None
+    latency: Any = None
     plugins: list[str] = field(default_factory=list)
     outputs: str = "outputs"
     tag: str = "default"
@@ -217,15 +238,38 @@ def plain_config(run: RunConfig) -> dict[str, Any]:
     config = records.plain(run)
     content = {"content": _profile_content(run), "source": _plugin_source(run.method)}
     config["method"] = {"name": run.method.name, **config["method"], **content}
-    config["benchmark"] = {"name": run.benchmark.name, **config["benchmark"]}
+    config["benchmark"] = _benchmark(run, config["benchmark"])
     config["budget"] = records.plain(budget_of(run)) if run.method.uses_budget else None
     config["model"] = _model_identity(run.model, config["model"])
-    config["model"]["attention"] = resolve(run.model.attention)[0]
+    config["model"]["attention"] = resolve(run.model.attention, _device_type(run.runtime.device))[0]
     return config
 
 
+def _device_type(device: str) -> str:
+    """cpu or cuda, as the model's loading will decide."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device.partition(":")[0]
+
+
+def _benchmark(run: RunConfig, section: dict[str, Any]) -> dict[str, Any]:
+    """What is run: the benchmark's settings, or those of runner=latency, which has no examples."""
+    if run.runner.name != "latency":
+        return {"name": run.benchmark.name, **section}
+    from runners.latency_settings import settings_of  # which imports this module
+
+    # Captured steps compute the same as others, but not in the same time.
+    return {"name": "latency", **records.plain(settings_of(run.latency)), "graphs": run.runtime.graphs}
+
+
 def _model_identity(spec: ModelSpec, section: dict[str, Any]) -> dict[str, Any]:
-    """A model on this machine is what its files hold; one of the Hub is its id and revision."""
+    """A model on this machine is what its files hold; one of the Hub is its id and revision.
+
+    Random weights are their shape; other models don't name one.
+    """
+    shape = section.pop("shape")
+    if spec.random:
+        return {**section, "shape": shape, "content": records.text_digest(json.dumps(shape, sort_keys=True))}
     directory = local_directory(spec)
     if directory is None:
         return {**section, "content": f"{spec.path}@{spec.revision or 'main'}"}
@@ -241,10 +285,12 @@ def _profile_content(run: RunConfig) -> str | None:
     if run.method.profiled is None:
         return None
     from hcache.profiling import find_profile, load_profile  # imports torch
+    from runners.synthetic import synthetic_profile
 
     path = run.method.profiled.profile
+    find = synthetic_profile if run.model.random else find_profile
     try:
-        profile = find_profile(geometry_of(run.model)) if path is None else load_profile(path)
+        profile = find(geometry_of(run.model)) if path is None else load_profile(path)
     except ValueError:
         return None
     if profile.stability is None:  # the published format: roles without scores
@@ -279,7 +325,7 @@ def cell_of(run: RunConfig, config: dict[str, Any]) -> records.Cell:
     return records.Cell(
         tag=run.tag,
         model=run.model.name,
-        benchmark=run.benchmark.name,
+        benchmark=config["benchmark"]["name"],
         method=run.method.name,
         budget=budget_of(run).label if run.method.uses_budget else "full",
         seed=run.runtime.seed,

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hcache.records import Result, setting
+from runners import latency_table
+from runners.latency_table import is_latency
 
 _WIDTH_WITHOUT_TERMINAL = 200
 Column = tuple[str, Callable[[Result], str]]
@@ -44,7 +46,11 @@ def show(results: Sequence[Result], console: Console | None = None) -> None:
     console = console or get_console()
     if not console.is_terminal:
         console = Console(file=console.file, width=_WIDTH_WITHOUT_TERMINAL)
-    console.print(comparison(results))
+    timed, scored = ([r for r in results if is_latency(r) is kind] for kind in (True, False))
+    if timed:
+        latency_table.show(timed, console)
+    if scored:
+        console.print(comparison(scored))
 
 
 def _name_columns(results: Sequence[Result]) -> list[Column]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -69,7 +70,9 @@ def test_composed_default_is_frozen() -> None:
     assert run.model == ModelSpec(name="tiny", path="tiny", dtype="float32")  # type: ignore[arg-type]
     assert run.budget == BudgetConfig(None, None)
     assert budget_of(run).kept_fraction == 0.25
-    assert dataclasses.asdict(run.runtime) == {"device": "auto", "batch_size": 1, "seed": 0, "threads": None}
+    machine = {"device": "auto", "batch_size": 1, "seed": 0, "threads": None}
+    engine = {"graphs": "auto", "compile": "off", "temperature": 0.0, "top_p": 1.0}
+    assert dataclasses.asdict(run.runtime) == machine | engine
     assert dataclasses.asdict(run.tracker) == {
         "name": "wandb",
         "project": "hcache",
@@ -406,3 +409,24 @@ def test_plugin_needs_no_yaml(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "did you mean 'every_other'?" in done.stderr
     assert "did you mean 'stride'?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("runtime.graphs=yes", "runtime.graphs"),
+        ("runtime.compile=tunde", "did you mean"),
+        ("runtime.top_p=0.9", "runtime.temperature=0.0"),
+        ("runtime.temperature=-1", "runtime.temperature=-1"),
+    ],
+)
+def test_engine_settings_that_cannot_be_are_refused(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        compose_all([override], False)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "compile"), [("default", "off"), ("compiled", "default"), ("tuned", "tuned")]
+)
+def test_compiling_is_a_choice_of_runtime(runtime: str, compile: str) -> None:
+    assert compose_all([f"runtime={runtime}"], False)[0].runtime.compile == compile

@@ -3,6 +3,7 @@
     spec.py      the settings of one model, checked; also the schema of conf/model
     source.py    from `model.path` to a directory or Hub id, with one clear error where there is none
     identity.py  geometry and fingerprint, from a live model or from the files of a checkpoint
+    random_weights.py  models of a shape, for timing
     loading.py   transformers' from_pretrained, set up the way this library needs it
 
 Importing this package imports neither torch nor transformers: a wrong path is answered without them.
@@ -14,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hcache.models.source import ModelNotFound, check_path
-from hcache.models.spec import Dtype, ModelSpec, Quantization, Rope
+from hcache.models.spec import Dtype, ModelSpec, Quantization, Rope, Shape
 
 if TYPE_CHECKING:
     from hcache.models.identity import checkpoint_fingerprint, fingerprint, model_geometry
@@ -37,6 +38,7 @@ __all__ = [
     "ModelSpec",
     "Quantization",
     "Rope",
+    "Shape",
     "check_path",
     "checkpoint_fingerprint",
     "expected_fingerprint",

@@ -24,6 +24,7 @@ from transformers import (
 
 from hcache.geometry import Geometry
 from hcache.models.identity import checkpoint_fingerprint, config_geometry, fingerprint
+from hcache.models.random_weights import random_model, shape_config
 from hcache.models.source import (
     ModelNotFound,
     cached_directory,
@@ -44,10 +45,13 @@ YARN_FAMILIES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for inference, with what the rest of the library asks about it."""
+    """A model ready for inference, with what the rest of the library asks about it.
+
+    `tokenizer` is transformers'; None for random weights, which have none, nor a fingerprint.
+    """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     geometry: Geometry
     fingerprint: str | None
     spec: ModelSpec
@@ -83,6 +87,10 @@ def load(spec: ModelSpec, device: str = "auto") -> LoadedModel:
     _check_packages(spec)
     config = load_config(spec)
     target = _target(spec, device)
+    if spec.shape is not None:
+        assert target is not None
+        model = random_model(spec.shape, spec.dtype, target)
+        return LoadedModel(model, None, config_geometry(config), None, spec)
     model = _load_weights(spec, config, target)
     model.eval().requires_grad_(False)
     identity = _identity(spec, model)
@@ -123,6 +131,8 @@ def load_config(spec: ModelSpec) -> PreTrainedConfig:
     Raises:
         ModelNotFound, ValueError: as `load`.
     """
+    if spec.shape is not None:
+        return shape_config(spec.shape, spec.dtype)
     fetch_config(spec)
     try:
         config = AutoConfig.from_pretrained(

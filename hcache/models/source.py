@@ -32,7 +32,9 @@ def source(spec: ModelSpec) -> str:
 
 
 def local_directory(spec: ModelSpec) -> Path | None:
-    """The directory that `spec.path` means, existing or not; None if it is a Hub id."""
+    """The directory that `spec.path` means, existing or not; None if it is a Hub id or a shape."""
+    if spec.random:
+        return None
     if spec.embedded:
         return Path(__file__).resolve().parent.parent / "tiny" / "weights"
     path = Path(spec.path).expanduser()
@@ -107,7 +109,7 @@ def weight_files(directory: Path) -> list[Path]:
 def cached_directory(spec: ModelSpec) -> Path | None:
     """Where the files of `spec` lie on this machine: its directory or its Hub snapshot; None if not here."""
     directory = local_directory(spec)
-    if directory is not None:
+    if directory is not None or spec.random:
         return directory
     from huggingface_hub import try_to_load_from_cache
 
@@ -121,7 +123,7 @@ def fetch_config(spec: ModelSpec) -> None:
     Raises:
         ModelNotFound: unknown id or revision, gated, not a model, or no connection and no copy.
     """
-    if local_directory(spec) is not None:
+    if local_directory(spec) is not None or spec.random:
         return
     from huggingface_hub import hf_hub_download
 

@@ -1,0 +1,395 @@
+"""Decode time against context, one line a method, and the same as Markdown tables: what runner=latency left.
+
+`python -m analysis.latency outputs/<tag> --out docs/latency.png --table docs/latency.md` draws a panel for
+each batch and budget, on logarithmic axes, with the floor of the budget and the fastest of transformers' own
+three decoders of the same run. A point that could not be measured is a gap in its line and a word in the
+table. Several directories may hold parts of one sweep. Reads files only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.cells import Cell, commits, devices, listed, read
+from analysis.figure import SUFFIXES, save
+from analysis.latency_records import TRANSFORMERS, Line, Place, Point, Sweep, collect, median
+from analysis.styles import Style, styles
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FLOOR, FASTEST = "floor of the budget", "transformers, fastest"
+_NAN = float("nan")
+_GIB, _MIB = 2**30, 2**20
+_SETTINGS: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.linewidth": 0.7,
+    "svg.hashsalt": "hcache",
+}
+
+
+# --- the figure
+
+
+def draw(sweep: Sweep) -> Figure:
+    """A panel for each batch (down) and budget (across). Needs matplotlib.
+
+    Raises:
+        ValueError: nothing was measured.
+    """
+    from matplotlib.figure import Figure
+
+    if not any(line.numbers(place) for line in sweep.lines for place in line.points):
+        raise ValueError("no point of any cell has numbers: there is nothing to draw")
+    budgets, batches = sweep.budgets, sweep.batches
+    below = [line for text in _below(sweep) for line in textwrap.wrap(text, 58 * max(len(budgets), 2))]
+    bottom = 1.4 + 0.15 * len(below)
+    width, height = max(7.0, 3.4 * len(budgets)), 2.9 * len(batches) + bottom + 0.3
+    figure = Figure(figsize=(width, height), dpi=150)
+    axes = figure.subplots(len(batches), len(budgets), squeeze=False, sharex=True, sharey=True)
+    figure.subplots_adjust(
+        left=0.6 / width, right=1 - 0.15 / width, top=1 - 0.3 / height, bottom=bottom / height, wspace=0.06
+    )
+    for row, batch in zip(axes, batches, strict=True):
+        for axis, budget in zip(row, budgets, strict=True):
+            _panel(axis, sweep, budget, batch)
+        row[0].set_ylabel("ms a decode step")
+    for axis in axes[-1]:
+        axis.set_xlabel("context, tokens")
+    found: dict[str, Any] = {}
+    for axis in axes.flat:
+        found.update(dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True)))
+    figure.legend(
+        list(found.values()),
+        list(found),
+        loc="lower left",
+        bbox_to_anchor=(0.55 / width, (0.15 * len(below) + 0.15) / height),
+        ncols=max(3, int(width / 1.75)),
+        frameon=False,
+        fontsize=8,
+        handlelength=3.0,
+    )
+    figure.text(0.6 / width, 0.06 / height, "\n".join(below), fontsize=6.8, color="0.3", va="bottom")
+    return figure
+
+
+def _panel(axis: Axes, sweep: Sweep, budget: str, batch: int) -> None:
+    places = [(context, batch) for context in sweep.contexts]
+    looks = styles({line.label: line.method for line in sorted(sweep.lines, key=lambda line: line.label)})
+    _scales(axis, sweep.contexts)
+    for line in sweep.panel(budget):
+        _line(axis, line, places, looks[line.label])
+    fastest = [sweep.transformers(place)[1] for place in places]
+    axis.plot(sweep.contexts, fastest, label=FASTEST, color="0.45", linewidth=2.2, linestyle=":")
+    floor = [sweep.floor_ms(budget, place) for place in places]
+    axis.plot(sweep.contexts, floor, label=FLOOR, color="0.45", linewidth=1.2)
+    title = "everything kept" if budget == "full" else f"{_kept(sweep, budget)} kept"
+    axis.set_title(f"{title}, batch {batch}", fontsize=9, loc="left")
+
+
+def _scales(axis: Axes, contexts: Sequence[int]) -> None:
+    from matplotlib.ticker import FixedFormatter, FixedLocator, LogLocator, NullLocator, ScalarFormatter
+
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.grid(color="0.9", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.xaxis.set_major_locator(FixedLocator(contexts))
+    axis.xaxis.set_major_formatter(FixedFormatter([_tokens(context) for context in contexts]))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.tick_params(axis="x", labelrotation=45)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
+def _line(axis: Axes, line: Line, places: Sequence[Place], look: Style) -> None:
+    """Medians, and a band from p10 to p90; a place without numbers breaks both."""
+    contexts = [context for context, _ in places]
+    spreads = [(line.numbers(place) or {}).get("decode_ms", {}) for place in places]
+    times = {key: [spread.get(key, _NAN) for spread in spreads] for key in ("median", "p10", "p90")}
+    axis.plot(
+        contexts,
+        times["median"],
+        label=line.label,
+        color=look.colour,
+        marker=look.marker or "o",
+        linestyle=look.dashes,
+        linewidth=1.3,
+        markersize=4.5,
+        markeredgecolor="white",
+        markeredgewidth=0.4,
+    )
+    axis.fill_between(contexts, times["p10"], times["p90"], color=look.colour, alpha=0.12, linewidth=0)
+
+
+def _kept(sweep: Sweep, budget: str) -> str:
+    return next(line.kept for line in sweep.lines if line.budget == budget)
+
+
+def _tokens(count: int) -> str:
+    """32K for 32768."""
+    return f"{count // 1024}K" if count % 1024 == 0 else str(count)
+
+
+def _below(sweep: Sweep) -> Iterator[str]:
+    """Under the figure: gaps, and where it was measured."""
+    gaps = [gap for line in sweep.lines for gap in _gaps(line)]
+    if gaps:
+        yield f"Gaps: {'; '.join(gaps)}."
+    yield (
+        f"{sweep.cells[0].result['cell']['model']}; {listed(devices(_ran(sweep)))}; commit "
+        f"{listed(commits(sweep.cells))}; {', '.join(_days(sweep))}. Medians, bands from p10 to p90. Floor: "
+        "weights and the budget's KV bytes at the read bandwidth of the same run."
+    )
+
+
+def _ran(sweep: Sweep) -> list[Cell]:
+    return [cell for cell in sweep.cells if cell.result["provenance"]["device"]] or list(sweep.cells)
+
+
+def _days(sweep: Sweep) -> list[str]:
+    starts = {point["started"][:10] for line in sweep.lines for point in line.points.values()}
+    return sorted(starts)
+
+
+def _gaps(line: Line) -> Iterator[str]:
+    """Where a line has no numbers, by reason."""
+    by_reason: dict[str, list[Place]] = {}
+    for place, point in sorted(line.points.items()):
+        if point["status"] != "completed":
+            by_reason.setdefault(_reason(point), []).append(place)
+    for reason, places in by_reason.items():
+        where = "" if len(places) == len(line.points) else f" at {', '.join(map(_place, places))}"
+        yield f"{line.label} {line.kept}{where}: {reason}"
+
+
+def _place(place: Place) -> str:
+    context, batch = place
+    return f"{_tokens(context)} x {batch}"
+
+
+def _reason(point: Point) -> str:
+    smallest = point.get("smallest_fraction")
+    # Rounded up to a hundredth: the exact number depends on the context.
+    needs = f" (needs >= {-(-smallest // 0.01) / 100:.2f})" if smallest else ""
+    return point["status"].replace("_", " ") + needs
+
+
+# --- the tables
+
+
+def markdown(sweep: Sweep) -> str:
+    """A table of times for each batch and budget, one of memory and traffic for each batch, and notes."""
+    parts = [
+        _heading(sweep),
+        *(_times(sweep, budget, batch) for batch in sweep.batches for budget in sweep.budgets),
+        *(_memory(sweep, batch) for batch in sweep.batches),
+        _notes(sweep),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _heading(sweep: Sweep) -> str:
+    first = _ran(sweep)[0]
+    versions = first.result["provenance"]["versions"]
+    settings = first.result["config"]["benchmark"]
+    return "\n".join(
+        [
+            f"# Decode latency of {first.result['cell']['model']}",
+            "",
+            f"- Date: {', '.join(_days(sweep))}. Commit: {listed(commits(sweep.cells))}. Device: "
+            f"{listed(devices(_ran(sweep)))}.",
+            f"- Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}.",
+            f"- {settings['steps']} steps after {settings['warmup']} for warm-up; prompt: "
+            f"{settings['prompt']}. Measured ceilings: {_ceilings(sweep)}.",
+            "- A field: median ms of a decode step of the whole batch [p10, p90], times the floor, **speed "
+            "over the fastest of transformers' own three** of the same run.",
+            "- The floor: weights without the embedding and the KV bytes that the budget allows, at the "
+            "measured read bandwidth; for transformers and fullkv all KV bytes.",
+        ]
+    )
+
+
+def _ceilings(sweep: Sweep) -> str:
+    names = {
+        "read_bytes_per_s": "read",
+        "copy_bytes_per_s": "device copy",
+        "host_to_device_bytes_per_s": "host to device",
+        "device_to_host_bytes_per_s": "device to host",
+    }
+    points = [point for line in sweep.lines for point in line.points.values() if "ceilings" in point]
+    found = {
+        name: median([point["ceilings"][key]["median"] for point in points if point["ceilings"][key]])
+        for key, name in names.items()
+    }
+    return ", ".join(f"{name} {rate / 1e9:.0f} GB/s" for name, rate in found.items() if rate == rate)
+
+
+def _times(sweep: Sweep, budget: str, batch: int) -> str:
+    contexts = sweep.contexts
+    kept = "everything" if budget == "full" else _kept(sweep, budget)
+    rows = [
+        [name, *(_baseline(sweep, name, (context, batch)) for context in contexts)]
+        for name in _measured(sweep)
+    ]
+    rows += [
+        [line.label, *(_time(line.points.get((context, batch))) for context in contexts)]
+        for line in sweep.panel(budget)
+    ]
+    floors = [sweep.floor_ms(budget, (context, batch)) for context in contexts]
+    rows.append(["floor, ms", *(f"{floor:.2f}" if floor == floor else "-" for floor in floors)])
+    return f"## Batch {batch}, {kept} kept\n\n" + _table(["", *map(_tokens, contexts)], rows)
+
+
+def _measured(sweep: Sweep) -> list[str]:
+    """transformers' own that any run was asked for."""
+    asked = {
+        name for line in sweep.lines for point in line.points.values() for name in point.get("baselines", {})
+    }
+    return [name for name in TRANSFORMERS if name in asked]
+
+
+def _baseline(sweep: Sweep, name: str, place: Place) -> str:
+    times = sweep.baseline(name, place)
+    if times["median"] == times["median"]:
+        return _field(times, times["times_floor"], None)
+    for line in sweep.lines:
+        found = line.points.get(place, {}).get("baselines", {}).get(name)
+        if found:
+            return str(found["status"]).replace("_", " ")
+    return "-"
+
+
+def _time(point: Point | None) -> str:
+    if point is None:
+        return "-"
+    if point["status"] != "completed":
+        return _reason(point)
+    return _field(point["decode_ms"], point["times_floor"], point["speedup"])
+
+
+def _field(spread: Mapping[str, float], times_floor: float, speedup: float | None) -> str:
+    fast = "" if speedup is None else f", **{speedup:.1f}x**"
+    return f"{spread['median']:.2f} [{spread['p10']:.2f}, {spread['p90']:.2f}], {times_floor:.2f}{fast}"
+
+
+def _memory(sweep: Sweep, batch: int) -> str:
+    """What lies and moves where, at the longest context of each line that has numbers."""
+    rows = []
+    for line in sweep.lines:
+        places = [place for place in line.points if place[1] == batch and line.numbers(place)]
+        if places:
+            place = max(places)
+            rows.append([line.label, line.kept, _tokens(place[0]), *_figures(line.points[place])])
+    if not rows:
+        return ""
+    header = ["", "kept", "context", "tokens/s", "mean ms", "resident", "attended", "peak GiB", "host GiB"]
+    header += ["host MiB/step", "drifted windows", "prefill ms", "engine"]
+    return f"## Batch {batch}, memory and traffic at the longest context measured\n\n" + _table(header, rows)
+
+
+def _figures(point: Point) -> Iterator[str]:
+    full = point["full_kv_bytes"]
+    peak, drift, prefill = point["peak_device_bytes"], point.get("drift_rate"), point["prefill_ms"]
+    yield f"{point['tokens_per_s']:.0f}"
+    yield f"{point['decode_ms']['mean']:.2f}"
+    yield f"{point['resident_kv_bytes'] / full:.3f}"
+    yield f"{point['attended_kv_bytes'] / full:.3f}"
+    yield "-" if peak is None else f"{peak / _GIB:.1f}"
+    yield f"{point['host_kv_bytes'] / _GIB:.1f}"
+    yield f"{point['host_to_device_bytes_per_step'] / _MIB:.2f}"
+    yield "-" if drift is None else f"{drift:.2f}"
+    yield "-" if prefill is None else f"{prefill['median']:.0f} [{prefill['p10']:.0f}, {prefill['p90']:.0f}]"
+    engine = point["engine"]
+    yield f"{engine['name']}{'' if engine.get('compile', 'off') == 'off' else ', ' + engine['compile']}"
+
+
+def _notes(sweep: Sweep) -> str:
+    """Gaps, drift, and what methods say of themselves; each once."""
+    notes: dict[str, None] = {}
+    for line in sweep.lines:
+        notes.update({f"{line.label} at {line.kept}: {note}": None for note in line.notes})
+    for cell in sweep.cells:
+        drift = cell.result["latency"].get("drift")
+        if drift:
+            notes[f"{cell.method}: drift triggers: {drift}"] = None
+        if cell.result.get("error") and not cell.result["latency"]["points"]:
+            notes[
+                f"{cell.method} at {cell.kept}: {cell.result['status']}: {cell.result['error']['message']}"
+            ] = None
+    for line in sweep.lines:
+        for place, point in sorted(line.points.items()):
+            if point["status"] in ("failed", "out_of_memory"):
+                notes[f"{line.label} at {line.kept}, {_place(place)}: {point['message']}"] = None
+            reason = point.get("engine", {}).get("reason")
+            if reason:
+                notes[f"eager steps: {reason}"] = None
+            for name, baseline in point.get("baselines", {}).items():
+                if baseline["status"] != "completed":
+                    where = "" if baseline["status"] == "not_available" else f" at {_place(place)}"
+                    notes[f"{name}{where}: {baseline['message']}"] = None
+    return "## Notes\n\n" + "\n".join(f"- {note}" for note in notes) if notes else ""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+# --- the command line
+
+
+def _drawn(sweep: Sweep, out: Path) -> None:
+    """Draw and write with our settings alone, whatever the user's matplotlibrc says."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        save(draw(sweep), out)
+
+
+def _check(out: Path) -> None:
+    if out.suffix not in SUFFIXES:
+        raise ValueError(f"--out {out}: the suffix must be one of {', '.join(SUFFIXES)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("figures need matplotlib, which is not installed: pip install 'hcache[analysis]'")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.latency", description=__doc__)
+    parser.add_argument("directories", type=Path, nargs="+", help="outputs/<tag>, or parts of one sweep")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the figure: a png, pdf or svg file")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="the tables; default: print them")
+    asked = parser.parse_args(arguments)
+    try:
+        if asked.out is not None:
+            _check(asked.out)
+        sweep = collect(read(asked.directories))
+        if asked.out is not None:
+            _drawn(sweep, asked.out)
+        text = markdown(sweep)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if asked.table is None:
+        print(text, end="")
+    else:
+        asked.table.parent.mkdir(parents=True, exist_ok=True)
+        asked.table.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
