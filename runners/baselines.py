@@ -21,7 +21,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from hcache.attention.function import cache_argument
 from hcache.models import LoadedModel
-from runners.clock import (
+from runners.timing import (
     begin_peak,
     call_times,
     is_out_of_memory,

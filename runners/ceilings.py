@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runners.clock import Spread, call_times, median_of, spread_of
+from runners.timing import Spread, call_times, median_of, spread_of
 
 _GPU_BYTES = 1 << 30
 _CPU_BYTES = 1 << 25

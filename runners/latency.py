@@ -29,7 +29,7 @@ from hcache.records import Predictions, Result
 from runners import CellOutcome, work
 from runners.baselines import TRANSFORMERS, measure_baseline
 from runners.ceilings import Ceilings, measure_ceilings
-from runners.clock import median_of
+from runners.timing import median_of
 from runners.config import RunConfig, budget_of
 from runners.interrupt import Interrupted, StopSignal
 from runners.latency_settings import (

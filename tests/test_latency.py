@@ -26,7 +26,7 @@ from hcache.models import ModelSpec, Shape
 from hcache.profiling import HeadProfile
 from runners import baselines, checks, interrupt, latency, latency_table, point, work
 from runners.ceilings import measure_ceilings
-from runners.clock import call_times, is_out_of_memory, spread_of
+from runners.timing import call_times, is_out_of_memory, spread_of
 from runners.config import BudgetConfig, ConfigError, RunConfig, RuntimeConfig, register
 from runners.latency_settings import (
     Baseline,
