@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -30,6 +31,7 @@ from hcache.graphs import CaptureFailed, Graphs, Work, capture
 from hcache.kv_cache import KVCache, attention_modules
 from hcache.methods import Method, make
 from hcache.models.chunking import chunked_mlps
+from hcache.models.projections import fused_projections
 from hcache.registry import choice
 from hcache.tape import Sampling, Tape, padded, text_span
 
@@ -522,7 +524,7 @@ class _Captured:
         how: Compile,
         capture: Callable[[Work], Work],
     ) -> None:
-        self._model, self._key, self._sampling = model, (batch, sampling), sampling
+        self._model, self._batch, self._sampling = model, batch, sampling
         modules = attention_modules(model, model.config.get_text_config().num_hidden_layers)
         self.rooms, self.room = [StickyRoom() for _ in modules], StickyRoom()
         self.compile, self.failure = how, ""
@@ -532,7 +534,7 @@ class _Captured:
 
     def fits(self, batch: int, sampling: Sampling) -> bool:
         """Whether these steps are those of such a batch, and still good."""
-        return self._key == (batch, sampling) and not self.failure
+        return (self._batch, self._sampling) == (batch, sampling) and not self.failure
 
     @property
     def warmup_ms(self) -> float:
@@ -575,8 +577,17 @@ class _Captured:
             work()
             return False
 
+    def _projections(self) -> AbstractContextManager[None]:
+        """Our projections, but for one sequence in compiled layers: products with one row are inductor's own,
+        and faster; those with several it leaves to a library.
+        """
+        compiled = self.compile is not Compile.off
+        if compiled and self._batch == 1:
+            return nullcontext()
+        return fused_projections(self._model, norms=not compiled)
+
     def _advance(self, cache: KVCache, feed: _Feed) -> None:
-        with cache.stepping(), self._layers.on():
+        with cache.stepping(), self._projections(), self._layers.on():
             output = self._model(
                 input_ids=feed.token_B1,
                 attention_mask=feed.unmasked,

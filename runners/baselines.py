@@ -21,6 +21,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from hcache.attention.function import cache_argument
 from hcache.models import LoadedModel
+from runners.latency_settings import Baseline, LatencySettings
 from runners.timing import (
     begin_peak,
     call_times,
@@ -30,7 +31,6 @@ from runners.timing import (
     spread_of,
     synchronize,
 )
-from runners.latency_settings import Baseline, LatencySettings
 
 log = logging.getLogger(__name__)
 TRANSFORMERS = (Baseline.sdpa, Baseline.flash_attention_2, Baseline.static_compile)

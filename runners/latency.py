@@ -29,7 +29,6 @@ from hcache.records import Predictions, Result
 from runners import CellOutcome, work
 from runners.baselines import TRANSFORMERS, measure_baseline
 from runners.ceilings import Ceilings, measure_ceilings
-from runners.timing import median_of
 from runners.config import RunConfig, budget_of
 from runners.interrupt import Interrupted, StopSignal
 from runners.latency_settings import (
@@ -46,6 +45,7 @@ from runners.needle import needle_ids
 from runners.plan import PlannedCell, planned
 from runners.point import Point, Task, floor_of, infeasible, measure_point
 from runners.synthetic import with_profile
+from runners.timing import median_of
 from runners.tracking import make_tracker
 
 log = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class _Bench:
 
     def _task_of(self, method: Any, budget: Budget | None) -> Task:
         runtime = self._run.runtime
-        engine = EngineSettings(runtime.graphs, runtime.compile)  # type: ignore[arg-type]  # by name
+        engine = EngineSettings.of(runtime.graphs, runtime.compile)
         return Task(self._loaded, method, budget, self._settings, engine, self.ceilings, runtime.seed)
 
     @property

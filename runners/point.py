@@ -20,8 +20,8 @@ from hcache.engine import EngineSettings, Generator
 from hcache.geometry import Geometry
 from hcache.models import LoadedModel
 from runners.ceilings import Ceilings
-from runners.timing import begin_peak, is_out_of_memory, median_of, peak_bytes, spread_of
 from runners.latency_settings import WARMUP_ROUNDS, LatencySettings
+from runners.timing import begin_peak, is_out_of_memory, median_of, peak_bytes, spread_of
 
 log = logging.getLogger(__name__)
 Point = dict[str, Any]

@@ -26,7 +26,6 @@ from hcache.models import ModelSpec, Shape
 from hcache.profiling import HeadProfile
 from runners import baselines, checks, interrupt, latency, latency_table, point, work
 from runners.ceilings import measure_ceilings
-from runners.timing import call_times, is_out_of_memory, spread_of
 from runners.config import BudgetConfig, ConfigError, RunConfig, RuntimeConfig, register
 from runners.latency_settings import (
     Baseline,
@@ -40,6 +39,7 @@ from runners.latency_settings import (
 from runners.needle import needle_ids
 from runners.plan import compose_all, planned
 from runners.synthetic import synthetic_profile, with_profile
+from runners.timing import call_times, is_out_of_memory, spread_of
 
 CPU = torch.device("cpu")
 SHAPE = Shape(

@@ -76,9 +76,7 @@ CASES = [
     Case("streaming_llm", {"prefill": Prefill.streaming}, label="streaming-stream"),
     Case("h2o"),
     Case("snapkv", {"window": 4}),
-    Case(
-        "snapkv", {"window": 4, "allocation": "adaptive"}, divided_by_scores=True, label="snapkv-adaptive"
-    ),
+    Case("snapkv", {"window": 4, "allocation": "adaptive"}, divided_by_scores=True, label="snapkv-adaptive"),
     Case("pyramidkv", {"window": 4}),
     Case("cake", {"window": 4}, divided_by_scores=True),
     Case("random", {"recent": 4}),
