@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hcache.cache.gather import copy_rows
+from hcache.cache.gather import copy_lists, copy_rows
 from hcache.cache.offload import HostRows
 from hcache.cache.store import RaggedStore
 from tests.operations import Operations
@@ -118,6 +118,25 @@ def test_slots_that_are_not_wanted_may_be_those_of_others(wanted: list[int]) -> 
     copy_rows(list(zip(sources, targets, strict=True)), rows, slots, mask)
     for target, right in zip(targets, expected, strict=True):
         assert torch.equal(target, right)
+
+
+@pytest.mark.parametrize("look_up", [False, True], ids=["in order", "listed"])
+@pytest.mark.parametrize("first", [False, True], ids=["side by side", "first rows"])
+def test_lists_are_copied_up_to_their_counts(look_up: bool, first: bool) -> None:
+    source, target, count = numbers(20, 3), numbers(20, 3, seed=1), torch.tensor(1)
+    counts, listed = [2, 0, 4], torch.tensor([[3, 1, 0, 2], [0, 0, 0, 0], [2, 3, 1, 0]]).int()
+    froms, tos = ([9, 0, 16], [12, 5, 0]) if first else ([0, 4, 8], [0, 4, 8])
+    expected = target.clone()
+    for q, rows in enumerate(counts):
+        for i in range(rows):
+            expected[tos[q] + i] = source[froms[q] + (int(listed[q, i]) if look_up else i)]
+    copy_lists(
+        [(source, target)], torch.tensor(counts), listed, look_up=look_up, count=count,
+        source_first_Q=torch.tensor(froms) if first else None,
+        target_first_Q=torch.tensor(tos) if first else None,
+    )  # fmt: skip
+    assert torch.equal(target, expected)
+    assert int(count) == 1 + sum(counts)
 
 
 @pytest.mark.parametrize("keys", [True, False], ids=["both", "values"])

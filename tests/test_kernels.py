@@ -296,9 +296,35 @@ def test_select_takes_nan_last(device: str) -> None:
     assert positions == [sorted(full[:count]) + [5] * (5 - count) for count in range(6)]
 
 
+def test_select_into_a_tensor_with_a_rest_of_its_own(device: str) -> None:
+    """Two rows share a number that fills the places they don't use."""
+    from hcache.kernels.select import select
+
+    scores, counts = normal(4, 50, seed=8), torch.tensor([3, 0, 7, 5])
+    rest, out = torch.tensor([11, 22], dtype=torch.int32), torch.zeros(4, 7, dtype=torch.int32, device=device)
+    assert select(scores.to(device), counts.to(device), 7, rest.to(device), out) is out
+    for x, count in enumerate(counts.tolist()):
+        taken = top_positions(scores[x], count).tolist()
+        assert out[x].tolist() == taken + [int(rest[x // 2])] * (7 - count)
+
+
+def test_select_of_scores_far_apart(device: str) -> None:
+    """Infinite rows, finite numbers of all sizes between infinities, and more of +inf than is taken."""
+    scores = normal(6, 900, seed=5) * 10.0 ** torch.linspace(-40, 38, 900)
+    scores[0], scores[1], scores[2, 1:] = torch.inf, -torch.inf, torch.inf
+    scores[3, ::3], scores[4, ::2], scores[5, ::7] = -torch.inf, torch.inf, torch.nan
+    check_select(scores, [400, 400, 900, 850, 300, 900], 900, device)
+
+
 @pytest.mark.parametrize("value", [0.0, -torch.inf])
-def test_select_of_equal_scores_at_the_largest_size(device: str, value: float) -> None:
-    check_select(torch.full((2, 65536), value), [65536, 40000], 65536, device)
+@pytest.mark.parametrize("tokens", [16384, 32767, 65536])
+def test_select_of_equal_scores_at_the_largest_sizes(device: str, tokens: int, value: float) -> None:
+    """Of one part and of several: sums that fill what holds them. The interpreter refuses those of 32768."""
+    check_select(torch.full((2, tokens), value), [tokens, tokens // 2 + 9], tokens, device)
+
+
+def test_select_of_several_parts(device: str) -> None:
+    check_select(normal(2, 40000, seed=3), [4000, 39999], 40000, device)
 
 
 def test_select_refuses_longer_rows(device: str) -> None:
@@ -335,6 +361,52 @@ def test_copy_rows_copies_what_is_wanted(
         assert torch.equal(written.cpu(), target)
     if number is not None:
         assert int(number) == 5 + int(moved.sum())
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0], [0, 37, 0], [40, 1, 33]], ids=str)
+@pytest.mark.parametrize("look_up", [False, True], ids=["in order", "listed"])
+@pytest.mark.parametrize("first", [False, True], ids=["side by side", "first rows"])
+def test_copy_lists_copies_what_is_counted(
+    device: str, counts: list[int], look_up: bool, first: bool
+) -> None:
+    from hcache.kernels.rows import copy_lists
+
+    generator, room = torch.Generator().manual_seed(3), 40
+    listed = torch.stack([torch.randperm(room, generator=generator) for _ in counts]).int()
+    sources, targets = ([normal(150, dim, seed=dim + s) for dim in (24, 16)] for s in (0, 1))
+    there = [x.pin_memory() if device == "cuda" else x for x in sources]
+    written = [x.to(device, copy=True) for x in targets]
+    source_first, target_first = torch.tensor([70, 0, 110]), torch.tensor([110, 60, 3])
+    ends = (source_first.to(device), target_first.to(device)) if first else (None, None)
+    number = torch.tensor(5, device=device)
+    copy_lists(
+        list(zip(there, written, strict=True)), torch.tensor(counts, device=device), listed.to(device),
+        look_up=look_up, source_first_Q=ends[0], target_first_Q=ends[1], programs=2, count=number,
+    )  # fmt: skip
+    for source, target, ours in zip(sources, targets, written, strict=True):
+        for q, count in enumerate(counts):
+            row, slot = (int(source_first[q]), int(target_first[q])) if first else (q * room, q * room)
+            rows = listed[q, :count].long() if look_up else torch.arange(count)
+            target[slot : slot + count] = source[row + rows]
+        assert torch.equal(ours.cpu(), target)
+    assert int(number) == 5 + sum(counts)
+
+
+def test_scan_says_what_a_softmax_needs_and_leaves_out_what_is_not_wanted(device: str) -> None:
+    from hcache.kernels.scan import blocks_of, scan
+
+    ragged = Ragged.make([150, 0, 64, 1], 1, 32, torch.float32)
+    rows, wanted = normal(4, 3, 32, seed=8), torch.tensor([True, True, False, True])
+    parts = torch.full((2, 4, 3, blocks_of(200)), 7.0, device=device)
+    there = [x.to(device) for x in (rows, ragged.keys, ragged.first, ragged.limits)]
+    logits = scan(*there, 200, scale=0.3, wanted_X=wanted.to(device), parts=parts).cpu()
+    peaks, totals = parts.cpu()
+    assert (parts[:, 2] == 7).all()
+    for x in (0, 1, 3):
+        blocks = torch.nn.functional.pad(logits[x], (0, 56), value=-torch.inf).unflatten(-1, (4, 64))
+        assert torch.equal(peaks[x], blocks.amax(-1))
+        below = blocks - peaks[x].nan_to_num(neginf=0.0).unsqueeze(-1)
+        torch.testing.assert_close(totals[x], below.exp().sum(-1))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

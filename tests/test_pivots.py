@@ -44,22 +44,45 @@ def logits_of(tokens: list[int], width: int, steps: int = STEPS, heads: int = 2,
     return logits.masked_fill(behind, -torch.inf)
 
 
+def parts_of(logits_PWGN: Tensor, block: int = 64) -> Tensor:
+    """What a scan says of each block: its maximum, and the sum of exponentials below that."""
+    rows_PRN = logits_PWGN.flatten(1, 2)
+    missing = -rows_PRN.shape[-1] % block
+    blocks = torch.nn.functional.pad(rows_PRN, (0, missing), value=-torch.inf).unflatten(-1, (-1, block))
+    peaks = blocks.amax(-1)
+    below = blocks - peaks.masked_fill(peaks == -torch.inf, 0).unsqueeze(-1)
+    return torch.stack([peaks, below.exp().sum(-1)])
+
+
 @pytest.mark.parametrize("pooling", list(Pooling))
 @pytest.mark.parametrize("group", list(Group))
 @pytest.mark.parametrize("kernel", [1, 5])
 def test_scores_are_those_of_the_rule(device: str, pooling: Pooling, group: Group, kernel: int) -> None:
     from hcache.kernels import pivots
 
-    tokens, width, how = [4100, 9, 1300], 4200, rule(pooling=pooling, group=group, kernel=kernel)
+    tokens, width, how = [4100, 9, 50, 1300], 4200, rule(pooling=pooling, group=group, kernel=kernel)
     logits = logits_of(tokens, width)
+    histograms = torch.zeros(len(tokens) * STEPS, pivots.HISTOGRAMS, dtype=torch.int32, device=device)
+    full = torch.tensor([True, True, False, True], device=device)
     scores = pivots.smooth(
         logits.to(device),
+        parts_of(logits).to(device),
         torch.tensor(tokens, device=device),
+        full,
+        histograms,
         kernel=kernel,
         average=pooling is Pooling.avg,
         group=group.value,
     )
+    counted = histograms.view(len(tokens), STEPS, -1).cpu()
+    assert (counted[..., pivots.BINS :] == 0).all()
     for p, n in enumerate(tokens):
+        if not full[p]:
+            assert (counted[p] == 0).all()
+            continue
+        for w, row in enumerate(scores[p, :, :n].cpu()):
+            digits = row.view(torch.int32) >> 23
+            assert torch.equal(counted[p, w, : pivots.BINS], digits.bincount(minlength=pivots.BINS))
         alone = logits[p, ..., :n].softmax(-1)
         torch.testing.assert_close(scores[p, :, :n].cpu(), how.smooth(alone), rtol=1e-5, atol=1e-9)
         assert (scores[p, :, n:] == BEHIND).all()
@@ -133,6 +156,16 @@ def test_every_so_many_th_window_drifts_whatever_the_overlap(device: str, every:
     check_review(device, Scene([60, 50, 40, 30, 20, 10], 64), 0.5, every)
 
 
+@pytest.mark.parametrize("level", [0.0, 2.0])
+def test_scores_that_are_all_alike_or_nearly_so(device: str, level: float) -> None:
+    """All of a chunk in one value of a digit; a third of them differ in their last bits only."""
+    scene = Scene([9000, 4097], 9100)
+    scene.logits = torch.where(scene.logits > -torch.inf, level, -torch.inf)
+    scene.logits[..., 1::3] += torch.where(scene.logits[..., 1::3] > -torch.inf, 1e-6 * level, 0)
+    for threshold in (0.2, 0.5, 1.01):
+        check_review(device, scene, threshold, None)
+
+
 def check_review(device: str, scene: Scene, threshold: float, every: int | None) -> None:
     from hcache.kernels import pivots
 
@@ -140,10 +173,11 @@ def check_review(device: str, scene: Scene, threshold: float, every: int | None)
         return torch.as_tensor(numbers).to(device, copy=True)
 
     reference, chosen, windows = there(scene.reference), there(scene.chosen), there(scene.windows)
-    triggers = torch.zeros_like(windows)
+    triggers, full = torch.zeros_like(windows), there(torch.tensor(scene.full))
+    coming = torch.arange(len(scene.sizes), device=device) == 1
     fresh = pivots.review(
-        there(scene.logits), there(scene.tokens), there(scene.base), there(scene.pivot), there(scene.sizes),
-        there(torch.tensor(scene.full)), reference, chosen, windows, triggers,
+        there(scene.logits), there(parts_of(scene.logits)), there(scene.tokens), there(scene.base),
+        there(scene.pivot), there(scene.sizes), full, reference, chosen, windows, triggers, coming,
         kernel=1, average=True, group="max", threshold=threshold, every=every,
     )  # fmt: skip
     expected = scene.expected(threshold, every)
@@ -151,6 +185,8 @@ def check_review(device: str, scene: Scene, threshold: float, every: int | None)
     assert torch.equal(reference.cpu(), expected[1])
     assert torch.equal(chosen.cpu(), expected[2])
     assert fresh.tolist() == expected[3]
+    assert coming.tolist() == [count > 0 or q == 1 for q, count in enumerate(expected[3])]
+    assert not full.any()
     assert windows.tolist() == [n + full for n, full in zip(scene.windows.tolist(), scene.full, strict=True)]
 
 
@@ -180,20 +216,25 @@ def test_queries_are_collected_and_whole_windows_set_aside(device: str) -> None:
                 assert full[p] == was_full[p]
 
 
-@pytest.mark.parametrize("visible_after", [1, 3])
+@pytest.mark.parametrize(("visible_after", "uneven"), [(1, False), (3, False), (3, True)])
 def test_a_layer_does_the_same_with_kernels_and_without(
-    device: str, visible_after: int, monkeypatch: pytest.MonkeyPatch
+    device: str, visible_after: int, uneven: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On one device, so that nothing but the pivots' own work differs."""
+    """On one device, so that nothing but the pivots' own work differs; more query rows than a scan takes.
+
+    With `uneven`, the second sequence misses every third token.
+    """
+    monkeypatch.setattr(drift, "MOST_ROWS", 4)
     prompts = [random_prompt(tokens, seed=tokens) for tokens in (100, 70)]
     tokens = [[x[:, :, 0:1].to(device) for x in random_prompt(1, 100 + t)] for t in range(18)]
     for prompt in prompts:
         states = [two_pivots(Room(), [x.to(device) for x in prompt], visible_after) for _ in range(2)]
-        for token in tokens:
+        for t, token in enumerate(tokens):
+            real = torch.tensor([[True], [t % 3 != 1]], device=device) if uneven else None
             outs = []
             for with_kernels, state in enumerate(states):
                 monkeypatch.setattr(drift, "fused", lambda x, on=bool(with_kernels): on)
-                outs.append(state.step(*token, None))
+                outs.append(state.step(*token, real))
             assert torch.equal(*outs)
             plain, ours = ([[h.tolist() for h in s] for s in state.kept()] for state in states)
             assert plain == ours

@@ -52,3 +52,45 @@ def copy_rows(
         if wanted is not None:
             fresh = torch.where(some, fresh, target.index_select(0, slots))
         target.index_copy_(0, slots, fresh)
+
+
+def copy_lists(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    counts_Q: Tensor,
+    listed_QK: Tensor,
+    *,
+    look_up: bool = True,
+    source_first_Q: Tensor | None = None,
+    target_first_Q: Tensor | None = None,
+    programs: int = PROGRAMS,
+    count: Tensor | None = None,
+) -> None:
+    """target[target_first[q] + i] = source[source_first[q] + listed[q, i]] for i < counts[q] and each pair.
+
+    No host synchronisation. On a GPU rows behind a list's count cost nothing.
+
+    Args:
+        pairs, programs, count: see copy_rows.
+        counts_Q: [Q] int64, at most K.
+        listed_QK: int32; only its shape counts if not `look_up`. Behind a list's count there is some row of
+            the list's source.
+        look_up: False takes row i for listed[q, i].
+        source_first_Q, target_first_Q: [Q] int64, first row of each list's source and target; K * q if None.
+    """
+    if counts_Q.is_cuda:
+        from hcache.kernels.rows import copy_lists as launch
+
+        launch(
+            pairs, counts_Q, listed_QK, look_up=look_up, source_first_Q=source_first_Q,
+            target_first_Q=target_first_Q, programs=programs, count=count,
+        )  # fmt: skip
+        return
+    lists, room = listed_QK.shape
+    place_K = torch.arange(room, device=counts_Q.device)
+    first_Q = torch.arange(lists, device=counts_Q.device) * room
+    source_Q = first_Q if source_first_Q is None else source_first_Q
+    target_Q = first_Q if target_first_Q is None else target_first_Q
+    rows_QK = source_Q.unsqueeze(1) + (listed_QK if look_up else place_K)
+    slots_QK = target_Q.unsqueeze(1) + place_K
+    wanted_QK = place_K < counts_Q.unsqueeze(1)
+    copy_rows(pairs, rows_QK.flatten(), slots_QK.flatten(), wanted_QK.flatten(), programs, count)

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hcache.cache.gather import PROGRAMS, copy_rows
+from hcache.cache.gather import PROGRAMS, copy_lists, copy_rows
 from hcache.cache.lane import lane_of
 from hcache.cache.room import Held, Room
 from hcache.cache.state import Bytes, no_bytes
@@ -130,10 +130,34 @@ class HostRows(Held):
             wanted: [R] bool, rows to move; None for all.
             programs: see copy_rows.
         """
+        copy_rows(self._pairs(target), rows, slots, wanted, programs, self._loaded)
+
+    def load_lists(
+        self,
+        counts_Q: Tensor,
+        listed_QK: Tensor,
+        first_Q: Tensor,
+        target: KeyValues,
+        target_first_Q: Tensor | None = None,
+    ) -> None:
+        """Write the first `counts_Q[q]` listed rows of each list next to each other; no synchronisation.
+
+        Args:
+            counts_Q: [Q] int64.
+            listed_QK: int32, rows within a segment; the others of a list exist there, too.
+            first_Q: [Q] int64, `first[s]` of each list's segment.
+            target_first_Q: [Q] int64, where each list goes in the target's buffers; K * q if None.
+        """
+        copy_lists(
+            self._pairs(target), counts_Q, listed_QK, source_first_Q=first_Q,
+            target_first_Q=target_first_Q, count=self._loaded,
+        )  # fmt: skip
+
+    def _pairs(self, target: KeyValues) -> list[tuple[Tensor, Tensor]]:
         pairs = [(self.values, target.values)]
         if self.keys is not None:
             pairs.append((self.keys, target.keys))
-        copy_rows(pairs, rows, slots, wanted, programs, self._loaded)
+        return pairs
 
     @property
     def loaded_rows(self) -> int:

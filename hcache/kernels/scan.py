@@ -18,8 +18,21 @@ PIECE = 64
 """Numbers of a row in one product; longer rows take several. Twice as many leave half the programs an SM."""
 
 
+def blocks_of(width: int) -> int:
+    """Blocks of a row of `width` products."""
+    return triton.cdiv(width, BLOCK)
+
+
 def scan(
-    rows_XRD: Tensor, keys: Tensor, first_X: Tensor, counts_X: Tensor, width: int, *, scale: float
+    rows_XRD: Tensor,
+    keys: Tensor,
+    first_X: Tensor,
+    counts_X: Tensor,
+    width: int,
+    *,
+    scale: float,
+    wanted_X: Tensor | None = None,
+    parts: Tensor | None = None,
 ) -> Tensor:
     """Products of each scan's R rows with its first `counts_X[x]` keys, times `scale`.
 
@@ -31,6 +44,9 @@ def scan(
         keys: [slots, D], contiguous.
         first_X: [X] int64, first key of each scan.
         counts_X: [X] int32 or int64, keys of each scan.
+        wanted_X: [X] bool; what others write is undefined. None for all.
+        parts: [2, X, R, blocks] float32 for what a softmax needs: the largest product of each block, and the
+            sum of exponentials of what the others are below it.
 
     Returns:
         [X, R, width] float32, -inf from `counts_X[x]` on.
@@ -42,17 +58,19 @@ def scan(
     if logits.numel():
         piece = min(PIECE, max(16, triton.next_power_of_2(dim)))
         _scan[(triton.cdiv(width, BLOCK), scans)](
-            rows_XRD.contiguous(), keys, first_X, counts_X, logits, width, scale, rows,
-            max(16, triton.next_power_of_2(rows)), dim, piece, rows_XRD.dtype != keys.dtype, BLOCK,
-            num_warps=4, num_stages=4,
+            rows_XRD.contiguous(), keys, first_X, counts_X, counts_X if wanted_X is None else wanted_X,
+            logits, logits if parts is None else parts, width, scale, rows,
+            max(16, triton.next_power_of_2(rows)), dim, piece, rows_XRD.dtype != keys.dtype,
+            wanted_X is not None, parts is not None, BLOCK, num_warps=4, num_stages=4,
         )  # fmt: skip
     return logits
 
 
 @triton.jit
 def _scan(  # type: ignore[no-untyped-def]
-    rows, keys, first, counts, logits, width, scale, count_rows,
-    rows_pad: tl.constexpr, dim: tl.constexpr, piece: tl.constexpr, mixed: tl.constexpr, block: tl.constexpr,
+    rows, keys, first, counts, wanted, logits, parts, width, scale, count_rows,
+    rows_pad: tl.constexpr, dim: tl.constexpr, piece: tl.constexpr, mixed: tl.constexpr,
+    some: tl.constexpr, parted: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """One program a block of keys.
 
@@ -61,6 +79,9 @@ def _scan(  # type: ignore[no-untyped-def]
     lose at most 2**-21 of a term, less than tensor cores lose in adding up. float32 keys take no tensor core.
     """
     x = tl.program_id(1).to(tl.int64)
+    if some:  # noqa: SIM102 (decided while compiling)
+        if tl.load(wanted + x) == 0:
+            return
     r = tl.arange(0, rows_pad)
     n = tl.program_id(0) * block + tl.arange(0, block)
     live = n < tl.load(counts + x)
@@ -83,3 +104,11 @@ def _scan(  # type: ignore[no-untyped-def]
     sum_RN = tl.where(live[None, :], sum_RN * scale, float("-inf"))
     place = (x * count_rows + r)[:, None] * width + n[None, :]
     tl.store(logits + place, sum_RN, mask=(r < count_rows)[:, None] & (n < width)[None, :])
+    if parted:
+        peak_R = tl.max(sum_RN, 1)
+        # A block behind the keys: exp(-inf - 0) = 0 rather than NaN.
+        below_RN = sum_RN - tl.where(peak_R == float("-inf"), 0.0, peak_R)[:, None]
+        part = (x * count_rows + r) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(parts + part, peak_R, mask=r < count_rows)
+        behind = tl.num_programs(1).to(tl.int64) * count_rows * tl.num_programs(0)
+        tl.store(parts + behind + part, tl.sum(tl.exp(below_RN), 1), mask=r < count_rows)

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hcache.cache.gather import copy_rows
+from hcache.cache.gather import copy_lists
 from hcache.cache.offload import HostRows
 from hcache.cache.room import Held, Room
 from hcache.cache.state import Bytes, StoreLayer, Turn, add_bytes, one_by_one, storage_bytes
@@ -305,23 +305,14 @@ class HeteroLayer(StoreLayer):
         if not self._pivots:
             return
         fresh_Q = self._review()
-        self._full_P.zero_()
-        rows_QK = self._first_Q.unsqueeze(1) + self._chosen_QK
-        wanted_QK = self._place_K() < fresh_Q.unsqueeze(1)
         if self._staging is None:
-            self._host.load(rows_QK.flatten(), self.store, self._slots(), wanted_QK.flatten())
-            return
-        self._coming_Q |= fresh_Q > 0
-        slots = torch.arange(rows_QK.numel(), device=rows_QK.device)
-        self._host.load(rows_QK.flatten(), self._staging, slots, wanted_QK.flatten())
+            first_Q = self.store.first[self._watch.segment_Q]
+            self._host.load_lists(fresh_Q, self._chosen_QK, self._first_Q, self.store, first_Q)
+        else:
+            self._host.load_lists(fresh_Q, self._chosen_QK, self._first_Q, self._staging)
 
     def _place_K(self) -> Tensor:
         return torch.arange(self._chosen_QK.shape[1], device=self._chosen_QK.device)
-
-    def _slots(self) -> Tensor:
-        """Where the resident rows of satellites are in the store, flat [Q * K]."""
-        first_Q = self.store.first[self._watch.segment_Q]
-        return (first_Q.unsqueeze(1) + self._place_K()).flatten()
 
     def _arriving(self) -> Tensor:
         """Satellites [Q] whose staged rows the coming token of their sequence is the first to see."""
@@ -331,27 +322,47 @@ class HeteroLayer(StoreLayer):
     def _deliver(self, real_B: Tensor | None) -> None:
         """Copy rows that the coming token is the first to see from the staging buffer into the store."""
         assert self._staging is not None
-        watch, arriving_Q = self._watch, self._arriving()
+        counts_Q = self._arrive(real_B)
+        copy_lists(
+            [(self._staging.values, self.store.values), (self._staging.keys, self.store.keys)],
+            counts_Q, self._chosen_QK, look_up=False,
+            target_first_Q=self.store.first[self._watch.segment_Q], programs=DELIVERY_PROGRAMS,
+        )  # fmt: skip
+
+    def _arrive(self, real_B: Tensor | None) -> Tensor:
+        """Rows [Q] of each satellite that the coming token is the first to see; from now on they are held."""
+        watch = self._watch
+        if fused(self._chosen_QK):
+            from hcache.kernels import pivots
+
+            return pivots.arrive(
+                self.store.lengths, watch.segment_P, watch.tokens_P, watch.sequence_P, watch.pivot_Q,
+                watch.sizes_Q, self._chosen_QK, self._held_QK, self._coming_Q, real_B,
+                steps=self._rule.steps, visible_after=self._rule.visible_after,
+            )  # fmt: skip
+        arriving_Q = self._arriving()
         if real_B is not None:
             arriving_Q = arriving_Q & real_B[watch.sequence_P][watch.pivot_Q]
-        wanted_QK = self._place_K() < (watch.sizes_Q * arriving_Q).unsqueeze(1)
+        counts_Q = watch.sizes_Q * arriving_Q
+        wanted_QK = self._place_K() < counts_Q.unsqueeze(1)
         self._held_QK.copy_(torch.where(wanted_QK, self._chosen_QK, self._held_QK))
-        pairs = [(self._staging.values, self.store.values), (self._staging.keys, self.store.keys)]
-        rows = torch.arange(wanted_QK.numel(), device=wanted_QK.device)
-        copy_rows(pairs, rows, self._slots(), wanted_QK.flatten(), DELIVERY_PROGRAMS)
         self._coming_Q &= ~arriving_Q
+        return counts_Q
 
     def _review(self) -> Tensor:
         """Decide about pivots whose window is full: new references, and new positions for their satellites.
 
+        No window is full afterwards, and what is to be fetched into the staging buffer is coming.
+
         Returns:
             [Q] rows that each satellite must fetch, 0 where its pivot has not drifted.
         """
-        logits_PWGN = self._prompt_logits()
-        if fused(logits_PWGN):
-            return self._reviewfused(logits_PWGN)
+        if fused(self._finished_PWGD):
+            return self._review_fused()
         watch, rule = self._watch, self._rule
-        order_PWN = self._prompt_scores(logits_PWGN).sort(dim=-1, descending=True, stable=True).indices
+        order_PWN = (
+            self._prompt_scores(self._prompt_logits()).sort(dim=-1, descending=True, stable=True).indices
+        )
         place_N = torch.arange(order_PWN.shape[-1], device=order_PWN.device)
         top_PN = place_N < watch.base_P.unsqueeze(1)
         hits_PWN = self._reference_PN.unsqueeze(1).expand_as(order_PWN).gather(2, order_PWN)
@@ -365,40 +376,64 @@ class HeteroLayer(StoreLayer):
         drifted_Q = drifted_P[watch.pivot_Q]
         best_QK = self._best(latest_PN[watch.pivot_Q])
         self._chosen_QK.copy_(torch.where(drifted_Q.unsqueeze(1), best_QK, self._chosen_QK))
-        return watch.sizes_Q * drifted_Q
+        self._full_P.zero_()
+        fresh_Q = watch.sizes_Q * drifted_Q
+        if self._staging is not None:
+            self._coming_Q |= fresh_Q > 0
+        return fresh_Q
 
-    def _reviewfused(self, logits_PWGN: Tensor) -> Tensor:
+    def _review_fused(self) -> Tensor:
         """The same in a few kernels, without sorting."""
         from hcache.kernels import pivots
 
         watch, rule = self._watch, self._rule
+        logits_PWGN, parts = self._scanned_logits()
         return pivots.review(
-            logits_PWGN, watch.tokens_P, watch.base_P, watch.pivot_Q, watch.sizes_Q, self._full_P,
+            logits_PWGN, parts, watch.tokens_P, watch.base_P, watch.pivot_Q, watch.sizes_Q, self._full_P,
             self._reference_PN, self._chosen_QK, self._windows_P, self._triggers_P,
+            None if self._staging is None else self._coming_Q,
             kernel=rule.kernel, average=rule.pooling is Pooling.avg, group=rule.group.value,
             threshold=rule.threshold, every=rule.drift_every,
         )  # fmt: skip
+
+    def _scanned_logits(self) -> tuple[Tensor, Tensor]:
+        """Logits as `_prompt_logits` has them, where a window is full, and what a softmax needs of them."""
+        from hcache.kernels.scan import blocks_of, scan
+
+        watch, (pivots, width) = self._watch, self._reference_PN.shape
+        rows_PRD, scale = self._finished_PWGD.flatten(1, 2), self._finished_PWGD.shape[-1] ** -0.5
+        first_P = self.store.first[watch.segment_P]
+        logits, parts = [], []
+        for some_PRD in rows_PRD.split(MOST_ROWS, dim=1):
+            shape = (2, pivots, some_PRD.shape[1], blocks_of(width))
+            parts.append(torch.empty(shape, dtype=torch.float32, device=rows_PRD.device))
+            logits.append(
+                scan(
+                    some_PRD,
+                    self.store.keys,
+                    first_P,
+                    watch.tokens_P,
+                    width,
+                    scale=scale,
+                    wanted_X=self._full_P,
+                    parts=parts[-1],
+                )
+            )
+        if len(parts) > 1:
+            logits, parts = [torch.cat(logits, dim=1)], [torch.cat(parts, dim=2)]
+        return logits[0].unflatten(1, self._finished_PWGD.shape[1:3]), parts[0]
 
     def _prompt_logits(self) -> Tensor:
         """Float32 logits [P, W, G, N] of the queries set aside over the pivot's prompt, -inf behind it."""
         watch, width = self._watch, self._reference_PN.shape[1]
         rows_PRD, scale = self._finished_PWGD.flatten(1, 2), self._finished_PWGD.shape[-1] ** -0.5
         first_P = self.store.first[watch.segment_P]
-        if fused(rows_PRD):
-            from hcache.kernels.scan import scan
-
-            parts = [
-                scan(part, self.store.keys, first_P, watch.tokens_P, width, scale=scale)
-                for part in rows_PRD.split(MOST_ROWS, dim=1)
-            ]
-            logits_PRN = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        else:
-            place_N = torch.arange(width, device=first_P.device)
-            inside_PN = place_N < watch.tokens_P.unsqueeze(1)
-            slots_PN = first_P.unsqueeze(1) + torch.where(inside_PN, place_N, 0)
-            keys_PND = self.store.keys[slots_PN].float()
-            logits_PRN = rows_PRD.float() @ keys_PND.transpose(1, 2) * scale
-            logits_PRN = logits_PRN.masked_fill(~inside_PN.unsqueeze(1), -torch.inf)
+        place_N = torch.arange(width, device=first_P.device)
+        inside_PN = place_N < watch.tokens_P.unsqueeze(1)
+        slots_PN = first_P.unsqueeze(1) + torch.where(inside_PN, place_N, 0)
+        keys_PND = self.store.keys[slots_PN].float()
+        logits_PRN = rows_PRD.float() @ keys_PND.transpose(1, 2) * scale
+        logits_PRN = logits_PRN.masked_fill(~inside_PN.unsqueeze(1), -torch.inf)
         return logits_PRN.unflatten(1, self._finished_PWGD.shape[1:3])
 
     def _prompt_scores(self, logits_PWGN: Tensor) -> Tensor:

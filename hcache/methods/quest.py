@@ -251,10 +251,9 @@ class QuestLayer(StoreLayer):
         }[self._group]
         scale = (width // 2) ** -0.5 if worth is Worth.softmax else 1.0
         scores_SGP = scan(rows_SG2D, bounds.view(-1, width), self._first_S, earlier_S, room, scale=scale)
-        chosen_RM = select(worth_of(scores_SGP, earlier_S, worth), pages_R, self._chosen_RM.shape[1])
         # Places that a row doesn't use hold its current page, as in plain torch: never another segment's.
-        shape = segments, -1, chosen_RM.shape[1]
-        torch.minimum(chosen_RM.view(shape), earlier_S.view(-1, 1, 1), out=self._chosen_RM.view(shape))
+        chosen_RM = self._chosen_RM
+        select(worth_of(scores_SGP, earlier_S, worth), pages_R, chosen_RM.shape[1], earlier_S, chosen_RM)
 
     def _append_bounded(self, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """Store tokens and update the bounds of their pages. Returns the store's limits [S, T]."""
