@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FLOOR, FASTEST = "floor of the budget", "transformers, fastest"
+FLOOR, FASTEST = "floor of the budget", "transformers, fastest measured"
 _NAN = float("nan")
 _GIB, _MIB = 2**30, 2**20
 _SETTINGS: dict[Any, Any] = {
@@ -213,7 +213,7 @@ def _heading(sweep: Sweep) -> str:
             f"- {settings['steps']} steps after {settings['warmup']} for warm-up; prompt: "
             f"{settings['prompt']}. Measured ceilings: {_ceilings(sweep)}.",
             "- A field: median ms of a decode step of the whole batch [p10, p90], times the floor, **speed "
-            "over the fastest of transformers' own three** of the same run.",
+            "over the fastest of transformers' own three that was measured at this point** in the same run.",
             "- The floor: weights without the embedding and the KV bytes that the budget allows, at the "
             "measured read bandwidth; for transformers and fullkv all KV bytes.",
         ]

@@ -19,8 +19,8 @@ Place = tuple[int, int]
 """(context, batch)."""
 Point = Mapping[str, Any]
 
-_PARTS = ("contexts", "batches", "baselines", "drift")
-"""Settings by which the parts of one sweep may differ."""
+_PARTS = ("contexts", "batches", "baselines", "drift", "steps", "warmup", "prefills")
+"""Settings by which the parts of one sweep may differ: what is measured, and how often."""
 _NAN = float("nan")
 
 

@@ -26,7 +26,7 @@ class Compile(Enum):
     def options(self) -> dict[str, Any]:
         """What torch.compile is told."""
         if self is Compile.tuned:
-            return {"coordinate_descent_tuning": True, "coordinate_descent_check_all_directions": True}
+            return {"coordinate_descent_tuning": True}
         return {}
 
 

@@ -529,7 +529,7 @@ class _Captured:
         self.rooms, self.room = [StickyRoom() for _ in modules], StickyRoom()
         self.compile, self.failure = how, ""
         self._layers = CompiledLayers(decoder_layers(model, modules), how)
-        self.graphs, self._background = Graphs(capture), Graphs(capture)
+        self.graphs, self._background = Graphs(capture), Graphs(capture, "background work")
         self._lane = lane_of(torch.device(model.device), "background")
 
     def fits(self, batch: int, sampling: Sampling) -> bool:

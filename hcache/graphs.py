@@ -48,14 +48,15 @@ class Graphs:
 
     Args:
         capture: makes a replay of work; tests put something else there.
+        what: what is captured, for the log.
 
     Attributes:
         captures: times that captured work was thrown away and begun anew, and the first.
         warmup_ms: spent on first runs and on capturing so far.
     """
 
-    def __init__(self, capture: Callable[[Work], Work] = capture) -> None:
-        self._capture = capture
+    def __init__(self, capture: Callable[[Work], Work] = capture, what: str = "step") -> None:
+        self._capture, self._what = capture, what
         self._replays: dict[Hashable, Work] = {}
         self._tried: set[Hashable] = set()
         self.captures = 0
@@ -84,7 +85,7 @@ class Graphs:
             self._replays[kind]()
         self.warmup_ms += _now() - start
         if kind in self._replays:
-            log.info("captured step kind %d (%s)", len(self._replays), kind)
+            log.info("captured: %d kinds of %s so far", len(self._replays), self._what)
         return False
 
     def drop(self) -> None:
