@@ -30,7 +30,7 @@ from hcache.compiling import Compile, CompiledLayers, decoder_layers
 from hcache.graphs import CaptureFailed, Graphs, Work, capture
 from hcache.kv_cache import KVCache, attention_modules
 from hcache.methods import Method, make
-from hcache.models.chunking import chunked_mlps
+from hcache.models.chunking import PIECE_TOKENS, chunked_mlps
 from hcache.models.projections import fused_projections
 from hcache.registry import choice
 from hcache.tape import Sampling, Tape, padded, text_span
@@ -73,16 +73,28 @@ class Timings:
 
     Args:
         prefill_ms: prompt, compression, and the follow-up where there is one; the device is done.
-        decode_ms: one number a decode step; a step feeds one token of every sequence. Steps that compiled
-            or captured something are left out.
+        step_ms: one number a decode step up to the last end; a step feeds one token of every sequence. None
+            for steps that compiled or captured something.
         warmup_ms: what those took, captures included.
-        warmup_steps: how many they were.
     """
 
     prefill_ms: float | None
-    decode_ms: list[float]
+    step_ms: list[float | None]
     warmup_ms: float = 0.0
-    warmup_steps: int = 0
+
+    @property
+    def decode_ms(self) -> list[float]:
+        """Of all steps that have a time."""
+        return self.first(len(self.step_ms))
+
+    def first(self, steps: int) -> list[float]:
+        """Of those among the first `steps` that have a time."""
+        return [ms for ms in self.step_ms[:steps] if ms is not None]
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps without a time."""
+        return self.step_ms.count(None)
 
 
 @dataclass
@@ -110,7 +122,8 @@ class Generation:
         tokens: [B, new] int64; behind a sequence's length the pad token.
         lengths: generated tokens of each sequence before its stop sequence or end-of-text token.
         timings, memory: see their classes.
-        counters: the method's counters, attended_fraction, and decode_steps.
+        counters: the method's counters, attended_fraction, and fed_tokens: what the counters are of. Captured
+            steps go on for a few tokens behind an end, and feed sequences that have ended; eager ones don't.
         prompt_tokens: prompt length of each sequence without pads, follow-up not counted.
         engine: how steps were run; see Session.engine.
     """
@@ -240,6 +253,8 @@ class Generator:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         captured, reason = self._engine_for(batch, sampling)
+        if captured is not None:
+            captured.join()
         cache = KVCache(
             self.model,
             self.method,
@@ -261,7 +276,9 @@ class Generator:
             return None, reason
         if self._captured is None or not self._captured.fits(batch, sampling):
             self._captured = None  # before the next one takes its memory
-            self._captured = _Captured(self.model, batch, sampling, self.runtime.compile, self._capture)
+            self._captured = _Captured(self.model, batch, sampling, self.runtime, self._capture)
+        if self._captured.failure:
+            return None, f"a step could not be captured: {self._captured.failure}"
         return self._captured, ""
 
     def _why_eager(self) -> str:
@@ -303,9 +320,13 @@ class Session:
         self.clock = Clock(self._device)
         self.prefill_ms: float | None = None
         self._counters: dict[str, float] = {}
-        self._decode_ms: list[float] = []
-        self._steps, self._warm = 0, 0
-        self._warmed_before = 0.0 if captured is None else captured.warmup_ms
+        self._step_ms: list[float | None] = []
+        self._fed, self._broken = 0, False
+        self._warmup_ms, self._warmed_before = 0.0, 0.0 if captured is None else captured.warmup_ms
+        # Whose prompt the captured steps go on with: a later one takes their tensors.
+        self._ticket = object()
+        if captured is not None:
+            captured.ticket = self._ticket
 
     def prefill(
         self, ids: Tensor, mask: Tensor | None, follow_up: tuple[Tensor, Tensor | None] | None
@@ -315,7 +336,7 @@ class Session:
         mask = _padding(mask, self._device)
         self._check_host([ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist())
         start = self.clock.now()
-        with chunked_mlps(self._model):
+        with self._in_pieces(ids):
             logits = self._forward(ids, mask, _positions(ids, mask, None))
         next_B = (ids.shape[1] if mask is None else mask.sum(1)) * torch.ones_like(ids[:, 0])
         self.prefill_ms = self.clock.now() - start
@@ -326,13 +347,20 @@ class Session:
             self.prefill_ms += self.clock.now() - start
         self._start(self._sampling.choose(logits), next_B)
 
+    def _in_pieces(self, ids: Tensor) -> AbstractContextManager[None]:
+        """MLPs and norms of a long prompt a few thousand tokens at a time."""
+        return chunked_mlps(self._model) if ids.numel() > PIECE_TOKENS else nullcontext()
+
     def _check_host(self, counts: list[int]) -> None:
         """Raise HostMemoryError where what is to wait beside the GPU doesn't fit in host memory."""
         if self._device.type == "cuda":
             cache, size = self.cache, self._model.dtype.itemsize
             plans = (cache.method.usage(cache.geometry, cache.budget, n, size) for n in counts)
             rooms = [] if self._captured is None else self._captured.rooms
-            check_host_memory(sum(plan.host_bytes for plan in plans) - sum(r.pinned_bytes for r in rooms))
+            held = sum(room.pinned_bytes for room in rooms)
+            needed = sum(plan.host_bytes for plan in plans)
+            # Rooms round up by an eighth, and by a quarter more where they have to grow.
+            check_host_memory(int(needed * (1.41 if held else 1.125)) - held if rooms else needed)
 
     def fill(self, prompt_tokens: int, batch: int) -> None:
         """Put random numbers where the prompt would be; token 0 comes first."""
@@ -351,7 +379,7 @@ class Session:
         full = None
         if more_mask is not None:
             full = torch.cat([torch.ones_like(ids) if mask is None else mask, more_mask], dim=1)
-        with chunked_mlps(self._model):
+        with self._in_pieces(more):
             logits = self._forward(more, full, positions)
         return logits, next_B + (more.shape[1] if more_mask is None else more_mask.sum(1))
 
@@ -368,17 +396,30 @@ class Session:
         Returns:
             Milliseconds of each step that neither compiled nor captured anything.
         """
-        left = self._limit - 1 - self._steps
+        self._require_turn()
+        left = self._limit - 1 - len(self._step_ms)
         until_end = steps is None
         wanted = left if steps is None else steps
         if wanted > left:
             raise ValueError(f"{wanted} steps are more than the {left} left of max_new_tokens={self._limit}")
-        before = len(self._decode_ms)
+        before = len(self._step_ms)
         if self._captured is not None:
             wanted = self._replay(wanted, until_end)
         if self._captured is None:  # from the start, or since a capture has failed
             self._eager(wanted, until_end)
-        return self._decode_ms[before:]
+        return [ms for ms in self._step_ms[before:] if ms is not None]
+
+    def _require_turn(self) -> None:
+        """Raise ValueError where the captured steps are another prompt's by now, or broke off."""
+        if self._broken:
+            raise ValueError(
+                "this session broke off in the middle of a step and can't go on; begin a new one"
+            )
+        if self._captured is not None and self._captured.ticket is not self._ticket:
+            raise ValueError(
+                "another prompt has begun on this Generator since, and has taken this session's memory: "
+                "finish one session before the next begins, or use two Generators"
+            )
 
     def _eager(self, wanted: int, until_end: bool) -> None:
         tape = self._feed.tape
@@ -390,38 +431,59 @@ class Session:
             alive = None if not any(done_B) or not until_end else (~tape.done_B).long().unsqueeze(1)
             logits = self._forward(self._feed.token_B1, alive, self._feed.position_B1)
             self._feed.take(self._sampling.choose(logits))
-            self._decode_ms.append(self.clock.now() - start)
-            self._steps += 1
+            self._step_ms.append(self.clock.now() - start)
+            self._fed += len(done_B) if alive is None else done_B.count(False)
 
     def _replay(self, wanted: int, until_end: bool) -> int:
         """Captured steps. Returns how many are left to be done eagerly: none, unless a capture failed."""
         captured = self._captured
         assert captured is not None
+        laps: list[Callable[[], float] | None] = []
+        try:
+            wanted = self._issue(captured, wanted, until_end, laps)
+        except BaseException:
+            self._broken = True
+            raise
+        finally:
+            captured.join()
+        self._step_ms += [None if lap is None else lap() for lap in laps]
+        self._fed += len(laps) * self._feed.token_B1.shape[0]
+        if captured.failure:
+            self._give_up(captured)
+        return wanted
+
+    def _issue(
+        self,
+        captured: _Captured,
+        wanted: int,
+        until_end: bool,
+        laps: list[Callable[[], float] | None],
+    ) -> int:
+        """Issue steps until enough are, all had ended LOOK_AHEAD steps ago, or a capture failed; how many are
+        left. Notes a lap for each, None for those that warmed something up.
+        """
         ended: deque[Callable[[], bool]] = deque()
-        laps: list[Callable[[], float]] = []
         while wanted and not captured.failure:
             if until_end:
                 ended.append(self.clock.flag(self._feed.tape.finished))
                 if len(ended) > LOOK_AHEAD and ended.popleft()():
-                    wanted = 0
-                    break
+                    return 0
             lap = self.clock.lap()
-            if captured.step(self.cache):
-                laps.append(lap())
-            else:
-                self._warm += 1
+            laps.append(lap() if captured.step(self.cache) else None)
             wanted -= 1
-            self._steps += 1
-        captured.join()
-        self._decode_ms += [lap() for lap in laps]
-        if captured.failure:
-            self._give_up(captured.failure)
         return wanted
 
-    def _give_up(self, failure: str) -> None:
-        """Go on eagerly after a step that couldn't be captured; the step itself has been done."""
-        self._reason = f"a step could not be captured: {failure}"
+    def _give_up(self, captured: _Captured) -> None:
+        """Go on eagerly after a step that couldn't be captured; the step itself has been done.
+
+        Raises:
+            ValueError: runtime.graphs=on.
+        """
+        self._reason = f"a step could not be captured: {captured.failure}"
+        if captured.strict:
+            raise ValueError(f"runtime.graphs=on, but {self._reason}; set runtime.graphs=auto")
         log.warning("decoding goes on eagerly: %s", self._reason)
+        self._warmup_ms = captured.warmup_ms
         self._captured = None
 
     def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
@@ -461,30 +523,28 @@ class Session:
             "compile": Compile.off.name if captured is None else captured.compile.name,
             "captures": 0 if captured is None else captured.graphs.captures,
             "graphs": 0 if captured is None else len(captured.graphs),
-            "warmup_ms": 0.0 if captured is None else captured.warmup_ms,
+            "warmup_ms": self._warmup_ms if captured is None else captured.warmup_ms,
         }
 
     def counters(self) -> dict[str, float]:
-        """The method's counters so far, attended_fraction, and decode_steps."""
-        return {**self._counters, **self.cache.counters(), "decode_steps": len(self._decode_ms)}
+        """The method's counters so far, attended_fraction, and fed_tokens, all sequences together."""
+        return {**self._counters, **self.cache.counters(), "fed_tokens": self._fed}
 
     def result(self) -> Generation:
         """Everything of the call; tokens behind a sequence's end are pads."""
-        rows = self._feed.tape.rows(1 + self._steps)
+        self._require_turn()
+        rows = self._feed.tape.rows(1 + len(self._step_ms))
         spans = [text_span(row, self._ends) for row in rows]
         longest = max(through for _, through in spans)
         rows, lengths = [row[:longest] for row in rows], [before for before, _ in spans]
         pad = next((end[0] for end in self._ends if len(end) == 1), 0)
-        overshot = self._steps - (longest - 1)
-        decode_ms = self._decode_ms[: len(self._decode_ms) - overshot] if overshot else self._decode_ms
-        warmup = 0.0 if self._captured is None else self._captured.warmup_ms - self._warmed_before
-        counters = {**self.counters(), "decode_steps": len(decode_ms)}
+        warmup_ms = self._warmup_ms if self._captured is None else self._captured.warmup_ms
         return Generation(
             padded(rows, lengths, pad),
             lengths,
-            Timings(self.prefill_ms, decode_ms, warmup, self._warm),
+            Timings(self.prefill_ms, self._step_ms[: longest - 1], warmup_ms - self._warmed_before),
             self.memory,
-            counters,
+            self.counters(),
             self.cache.prompt_tokens,
             self.engine,
         )
@@ -514,6 +574,8 @@ class _Captured:
     Attributes:
         rooms: one a layer; `room` is that of what is fed.
         failure: why the latest step couldn't be captured; empty if it could.
+        strict: a failure is an error.
+        ticket: of the session whose prompt it is.
     """
 
     def __init__(
@@ -521,20 +583,21 @@ class _Captured:
         model: PreTrainedModel,
         batch: int,
         sampling: Sampling,
-        how: Compile,
+        runtime: EngineSettings,
         capture: Callable[[Work], Work],
     ) -> None:
         self._model, self._batch, self._sampling = model, batch, sampling
         modules = attention_modules(model, model.config.get_text_config().num_hidden_layers)
         self.rooms, self.room = [StickyRoom() for _ in modules], StickyRoom()
-        self.compile, self.failure = how, ""
-        self._layers = CompiledLayers(decoder_layers(model, modules), how)
+        self.compile, self.strict = runtime.compile, runtime.graphs is GraphMode.on
+        self.failure, self.ticket = "", object()
+        self._layers = CompiledLayers(decoder_layers(model, modules), self.compile)
         self.graphs, self._background = Graphs(capture), Graphs(capture, "background work")
         self._lane = lane_of(torch.device(model.device), "background")
 
     def fits(self, batch: int, sampling: Sampling) -> bool:
-        """Whether these steps are those of such a batch, and still good."""
-        return (self._batch, self._sampling) == (batch, sampling) and not self.failure
+        """Whether these steps are those of such a batch."""
+        return (self._batch, self._sampling) == (batch, sampling)
 
     @property
     def warmup_ms(self) -> float:

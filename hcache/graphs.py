@@ -30,9 +30,11 @@ def capture(work: Work) -> Work:
     try:
         with torch.cuda.graph(graph):
             work()
-    except RuntimeError as error:
+    except (
+        Exception
+    ) as error:  # whatever it is: the work is done uncaptured next, and raises again if it must
         _leave_capture()
-        raise CaptureFailed(str(error).strip().splitlines()[0]) from error
+        raise CaptureFailed((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
     return graph.replay
 
 
@@ -89,8 +91,11 @@ class Graphs:
         return False
 
     def drop(self) -> None:
-        """Forget what was captured: states have moved. Kernels stay compiled."""
+        """Forget what was captured: states have moved. Other shapes may compile other kernels, so first runs
+        are due again.
+        """
         self._replays.clear()
+        self._tried.clear()
 
 
 def _now() -> float:

@@ -74,7 +74,7 @@ def _counters(lines: Sequence[Line]) -> dict[str, float]:
 def _latency(lines: Sequence[Line]) -> dict[str, Any]:
     """Of each example; `tokens_per_s` is decoding's throughput, all sequences of a batch together."""
     stepped = [line for line in lines if line["decode_steps"]]
-    fed = sum(line["decode_steps"] for line in lines)
+    fed = math.fsum(line["counters"].get("fed_tokens", line["decode_steps"]) for line in lines)
     moved = math.fsum(line["counters"].get("host_to_device_bytes", 0.0) for line in lines)
     return {
         "prefill_ms": spread([line["prefill_ms"] for line in lines]),

@@ -175,7 +175,7 @@ def measured(generation: Generation, b: int) -> dict[str, Any]:
     memory = dataclasses.asdict(generation.memory)
     peak = memory.pop("peak_device_bytes")
     # The n-th token comes from step n-1; the step after the last one produced the stop.
-    steps = generation.timings.decode_ms[: max(1, generation.lengths[b])]
+    steps = generation.timings.first(max(1, generation.lengths[b]))
     counters = {
         name: value if name.endswith("_fraction") else value / size
         for name, value in generation.counters.items()

@@ -2,8 +2,9 @@
 once serve all of them.
 
 A captured step has addresses, shapes and host numbers baked in. Sizes are therefore rounded up and never
-shrink, and what a new prompt's state holds is copied into the tensors that the captured step reads. Knows
-tensors and names; nothing of layers, methods or graphs.
+shrink, and what a new prompt's state holds is copied into the tensors that the captured step reads. Where it
+doesn't fit, the room says that something has changed. Knows tensors and names; nothing of layers, methods or
+graphs.
 """
 
 from __future__ import annotations
@@ -60,10 +61,12 @@ class StickyRoom(Room):
         self._sizes: dict[str, int] = {}
         self._buffers: dict[str, Tensor] = {}
         self._tensors: dict[tuple[Any, ...], Tensor] = {}
+        self._layout: tuple[Any, ...] | None = None
 
     def size(self, name: str, needed: int) -> int:
         held = self._sizes.get(name, 0)
         if needed > held:
+            self._changes += held > 0  # the host goes by sizes too, if no tensor does
             # What has grown once may again: where scores divide the budget, sizes go up and down.
             held = self._sizes[name] = rounded_up(needed + needed // 4 if held else needed)
         return held
@@ -87,7 +90,12 @@ class StickyRoom(Room):
 
         The state goes on with those tensors. A tensor that doesn't fit takes the place of the old one.
         """
-        for path, container, key in tensors_of(state):
+        found = list(tensors_of(state))
+        layout = (type(state), *(path for path, *_ in found))
+        # A method may make other states for another prompt: what was captured does not fit those.
+        self._changes += self._layout not in (None, layout)
+        self._layout = layout
+        for path, container, key in found:
             fresh = _get(container, key)
             held = self._tensors.get(path)
             if held is not None and _alike(held, fresh):
@@ -99,7 +107,7 @@ class StickyRoom(Room):
                 self._tensors[path] = fresh
 
     def forget_changes(self) -> int:
-        """How many tensors have taken the place of others since the last call."""
+        """How much has become other since the last call: tensors, sizes, kinds of state. 0: nothing."""
         changes, self._changes = self._changes, 0
         return changes
 
