@@ -270,16 +270,16 @@ class Generator:
     def _engine_for(self, batch: int, sampling: Sampling) -> tuple[_Captured | None, str]:
         """Captured steps for this batch size, or why there are none."""
         reason = self._why_eager()
-        if reason:
-            if self.runtime.graphs is GraphMode.on:
-                raise ValueError(f"runtime.graphs=on, but {reason}; set runtime.graphs=auto")
-            return None, reason
-        if self._captured is None or not self._captured.fits(batch, sampling):
-            self._captured = None  # before the next one takes its memory
-            self._captured = _Captured(self.model, batch, sampling, self.runtime, self._capture)
-        if self._captured.failure:
-            return None, f"a step could not be captured: {self._captured.failure}"
-        return self._captured, ""
+        if not reason:
+            if self._captured is None or not self._captured.fits(batch, sampling):
+                self._captured = None  # before the next one takes its memory
+                self._captured = _Captured(self.model, batch, sampling, self.runtime, self._capture)
+            if not self._captured.failure:
+                return self._captured, ""
+            reason = f"a step could not be captured: {self._captured.failure}"
+        if self.runtime.graphs is GraphMode.on:
+            raise ValueError(f"runtime.graphs=on, but {reason}; set runtime.graphs=auto")
+        return None, reason
 
     def _why_eager(self) -> str:
         """Why steps of this model can't be captured here; empty if they can."""

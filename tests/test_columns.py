@@ -6,15 +6,13 @@ TRITON_INTERPRET=1 pytest -m gpu tests/test_columns.py     # without; Triton mus
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
 from hcache import scoring
 from hcache.contract.masked import causal_attention
-from tests.test_kernels import mend_interpreter
+from tests.on_kernels import kernel_device
 
 pytestmark = pytest.mark.gpu
 
@@ -23,13 +21,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=s
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> str:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    if torch.cuda.is_available():
-        return "cuda"
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1")
-    mend_interpreter(monkeypatch)
-    return "cpu"
+    return kernel_device(monkeypatch)
 
 
 def random_qk(
