@@ -647,7 +647,7 @@ class _Captured:
         compiled = self.compile is not Compile.off
         if compiled and self._batch == 1:
             return nullcontext()
-        return fused_projections(self._model, norms=not compiled)
+        return fused_projections(self._model, compiled)
 
     def _advance(self, cache: KVCache, feed: _Feed) -> None:
         with cache.stepping(), self._projections(), self._layers.on():

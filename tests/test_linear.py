@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hcache.models import projections
 from tests.on_kernels import kernel_device
@@ -80,7 +81,7 @@ def test_weights_that_share_an_input(device: str, rows: int, outers: tuple[int, 
     weights = [weights_of(outer, inner, dtype, 10 + i) for i, outer in enumerate(outers)]
     biases = [normal(outer, seed=20 + i, dtype=dtype) for i, outer in enumerate(outers)] if biased else []
     places = [part.to(device) for part in weights], [part.to(device) for part in biases]
-    found = linears(x.to(device), *places, Tuning(32, 64, 4, 3))
+    found = linears(x.to(device), *places, tuning=Tuning(32, 64, 4, 3))
     assert [out.shape for out in found] == [(rows, outer) for outer in outers]
     for out, weight, bias in zip(found, weights, biases or [None] * len(weights), strict=True):
         check(out, F.linear(x.double(), weight.double(), None if bias is None else bias.double()), dtype)
@@ -102,6 +103,90 @@ def test_sums_are_in_float32(device: str) -> None:
 
     ones = torch.ones(1, 4096, dtype=torch.bfloat16, device=device)
     assert linear(ones, ones, None).item() == 4096
+
+
+@ROWS
+@DTYPES
+@SIZES
+def test_sum_with_a_residual(device: str, rows: int, dtype: torch.dtype, outer: int, inner: int) -> None:
+    """Product and sum are each rounded, as by kernels of their own."""
+    from hcache.kernels.linear import Tuning, linears
+
+    x, weight = normal(rows, inner, seed=1, dtype=dtype), weights_of(outer, inner, dtype, 2)
+    residual = normal(rows, outer, seed=3, dtype=dtype)
+    tuning = Tuning(16, 64, 4, 3)
+    product = linears(x.to(device), [weight.to(device)], [], tuning=tuning)[0].cpu()
+    found = linears(x.to(device), [weight.to(device)], [], residual.to(device), tuning)[0].cpu()
+    assert (found != residual + product).float().mean() < 0.02  # ties, under the interpreter
+    torch.testing.assert_close(found, residual + product, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("batch", "heads", "dim"), [(1, (8, 2), 128), (3, (4, 4), 80), (16, (3, 1), 2)])
+def test_rotate(
+    device: str, batch: int, heads: tuple[int, int], dim: int, dtype: torch.dtype, normed: bool
+) -> None:
+    """The same numbers as transformers' own code, but for the order of a norm's sum, and ties."""
+    from hcache.kernels.products import rotate as plain
+    from hcache.kernels.rotate import rotate
+
+    q, k = (normal(batch, n * dim, seed=n, dtype=dtype) for n in heads)
+    angle = 9 * normal(batch, dim // 2, seed=7).repeat(1, 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    norms = (normal(dim, seed=8, dtype=dtype), normal(dim, seed=9, dtype=dtype)) if normed else None
+    moved = None if norms is None else (norms[0].to(device), norms[1].to(device))
+    found = rotate(q.to(device), k.to(device), cos.to(device), sin.to(device), moved, 1e-5)
+    expected = plain(q, k, cos, sin, norms, 1e-5)
+    llama = apply_rotary_pos_emb(q.view(batch, -1, dim), k.view(batch, -1, dim), cos, sin)
+    for one, other, theirs in zip(found, expected, llama, strict=True):
+        assert normed or torch.equal(other, theirs.flatten(1))
+        assert (one.cpu() != other).float().mean() < 0.02
+        torch.testing.assert_close(one.cpu(), other, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+
+
+def test_a_chain_gives_what_single_kernels_give(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that are launched early wait for each other: to the bit, captured and many times over."""
+    if device != "cuda":
+        pytest.skip("kernels run one after the other under the interpreter")
+    from hcache.kernels import chain
+
+    torch.manual_seed(0)
+    weights = [torch.randn(n, k, device=device).bfloat16() / k**0.5 for n, k in SHAPES]
+    x = torch.randn(2, 512, device=device).bfloat16()
+    monkeypatch.setattr(chain, "_able", lambda device: False)
+    expected = long_chain(x, weights)
+    monkeypatch.undo()
+    assert chain.chained(x.device)["chain"] == (torch.cuda.get_device_capability()[0] >= 9)
+    assert torch.equal(long_chain(x, weights), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = long_chain(x, weights)
+    for _ in range(50):
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, expected)
+
+
+SHAPES = ((512, 512), (128, 512), (128, 512), (512, 512), (4096, 512), (4096, 512), (512, 4096))
+
+
+def long_chain(x: Tensor, weights: list[Tensor]) -> Tensor:
+    """Layers one behind the other, each kernel in need of what the one before it has left."""
+    from hcache.kernels.gate import swiglu
+    from hcache.kernels.linear import linears
+    from hcache.kernels.norm import rms_norm
+    from hcache.kernels.rotate import rotate
+
+    ones, turn = torch.ones_like(x[0]), torch.full_like(x[:, :64], 0.5)
+    wq, wk, wv, wo, gate, up, down = weights
+    for _ in range(20):
+        q, k, v = linears(rms_norm(x, ones, 1e-5), [wq, wk, wv], [])
+        q, k = rotate(q, k, turn, turn)
+        out = q + torch.cat([k, v, k, v], dim=1)  # no kernel of the chain
+        x = linears(out, [wo], [], x)[0]
+        x = linears(swiglu(rms_norm(x, ones, 1e-5), gate, up), [down], [], x)[0]
+    return x
 
 
 @ROWS

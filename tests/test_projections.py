@@ -24,7 +24,7 @@ from hcache.compiling import Compile, CompiledLayers, decoder_layers
 from hcache.contract.tiny_models import FAMILIES, prompts, tiny_model
 from hcache.kernels import products
 from hcache.kv_cache import attention_modules
-from hcache.models import projections
+from hcache.models import layers, projections
 from hcache.models.projections import fused_projections
 
 MODELS = pytest.mark.parametrize("family", FAMILIES)
@@ -81,7 +81,22 @@ def test_numbers_are_the_same(family: str, batch: int, tokens: int) -> None:
     with fused_projections(model):
         found, calls = counted(lambda ids: logits(model, ids), ids)
     assert torch.equal(found, expected)
-    # A layer: queries, keys and values; their output; down. And the head.
+    # A layer: queries, keys and values; their output; down. And the head. Norms of heads are the rotation's.
+    assert calls == {"linears": 2 * 3 + 1, "swiglu": 2, "rms_norm": 2 * 2 + 1}
+
+
+@MODELS
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (4, 1), (2, 8)])
+@pytest.mark.usefixtures("everywhere")
+def test_parts_of_other_layers(family: str, batch: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that are not of the kind we know keep their forward, and their parts are switched one by one."""
+    monkeypatch.setattr(layers, "is_plain", lambda layer: False)
+    model = tiny_model(family)
+    ids, _ = prompts(batch, tokens)
+    expected = logits(model, ids)
+    with fused_projections(model):
+        found, calls = counted(lambda ids: logits(model, ids), ids)
+    assert torch.equal(found, expected)
     norms = {"llama": 2, "qwen2": 2, "qwen3": 4}[family]
     assert calls == {"linears": 2 * 3 + 1, "swiglu": 2, "rms_norm": 2 * norms + 1}
 
@@ -129,7 +144,7 @@ def test_other_dtypes_and_empty_inputs_go_as_always() -> None:
 @pytest.mark.usefixtures("everywhere")
 def test_norms_can_be_left_out(family: str) -> None:
     model = tiny_model(family)
-    with fused_projections(model, norms=False):
+    with fused_projections(model, compiled=True):
         _, calls = counted(lambda ids: logits(model, ids), prompts(1, 1)[0])
     assert set(calls) == {"linears", "swiglu"}
 
@@ -300,28 +315,27 @@ def compiled(model: PreTrainedModel, layers: int, backend: CompileCounterWithBac
 
 
 @MODELS
-@pytest.mark.parametrize("norms", [True, False])
 @pytest.mark.usefixtures("everywhere")
-def test_all_layers_are_compiled_once(family: str, norms: bool) -> None:
+def test_all_layers_are_compiled_once(family: str) -> None:
     """However many there are and however often one enters; and the operators are in the graphs."""
     AttentionInterface.register("break_here", break_here)
     frames = {}
-    for layers in (2, 6):
+    for count in (2, 6):
         for fused in (False, True):
             torch._dynamo.reset()
-            model = copy.deepcopy(tiny_model(family, layers=layers))
+            model = copy.deepcopy(tiny_model(family, layers=count))
             model.set_attn_implementation("break_here")
             ids, _ = prompts(3, 1)
             expected = logits(model, ids)
             backend = CompileCounterWithBackend("aot_eager")
             for _ in range(3):
-                context = fused_projections(model, norms) if fused else nullcontext()
-                with context, compiled(model, layers, backend):
+                context = fused_projections(model, compiled=True) if fused else nullcontext()
+                with context, compiled(model, count, backend):
                     assert torch.equal(logits(model, ids), expected)
-            frames[layers, fused] = backend.frame_count
+            frames[count, fused] = backend.frame_count
             targets = [str(node.target) for graph in backend.graphs for node in graph.graph.nodes]
             assert sum("hcache.linears" in target for target in targets) == (3 if fused else 0)
-            assert any("hcache.rms_norm" in target for target in targets) == (fused and norms)
+            assert not any("hcache.rms_norm" in target for target in targets)
             assert any("hcache.swiglu" in target for target in targets) == fused
     assert len(set(frames.values())) == 1, frames
 
@@ -357,7 +371,7 @@ def test_logits_agree_on_a_gpu(family: str, batch: int, dtype: torch.dtype) -> N
     torch._dynamo.reset()
     for how in (Compile.off, Compile.default):
         twins = CompiledLayers(decoder_layers(model, attention_modules(model, 6)), how)
-        with twins.on(), fused_projections(model, norms=how is Compile.off):
+        with twins.on(), fused_projections(model, compiled=how is not Compile.off):
             found = logits(model, ids, attention_mask=mask)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hcache.kernels.chain import chained, enter, leave
+
 
 def append(
     k_SD: Tensor, v_SD: Tensor, keys: Tensor, values: Tensor, first_S: Tensor, lengths_S: Tensor
@@ -30,15 +32,18 @@ def append(
     if segments:
         _append[(segments,)](
             k_SD, v_SD, keys, values, first_S, lengths_S, k_SD.stride(0), v_SD.stride(0),
-            dim, triton.next_power_of_2(dim), num_warps=1,
+            dim, triton.next_power_of_2(dim), num_warps=1, **chained(keys.device),
         )  # fmt: skip
 
 
 @triton.jit
 def _append(  # type: ignore[no-untyped-def]
-    k, v, keys, values, first, lengths, k_stride, v_stride, dim: tl.constexpr, dim_pad: tl.constexpr
-):
+    k, v, keys, values, first, lengths, k_stride, v_stride,
+    dim: tl.constexpr, dim_pad: tl.constexpr, chain: tl.constexpr,
+):  # fmt: skip
     """One program a segment, of one warp: all its threads have read the length before one writes it."""
+    enter(chain)
+    leave(chain)
     s = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, dim_pad)
     inside = d < dim

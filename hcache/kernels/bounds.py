@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hcache.kernels.chain import chained, enter, leave
+
 TILE = 512
 """N. 28 tiles for the pages of 224K tokens: with 8 segments, more than one program for each SM."""
 
@@ -71,7 +73,8 @@ def take_in(
         q_SGD, k_SD, v_SD, keys, values, first_S, lengths_S, bounds_SP2D, allowed_R, limits_R,
         rows_SG2D, earlier_S, pages_R, k_SD.stride(0), v_SD.stride(0), bounds_SP2D.shape[1],
         page, group, triton.next_power_of_2(group), allowed_R.numel() // segments,
-        triton.next_power_of_2(allowed_R.numel() // segments), dim, triton.next_power_of_2(dim), num_warps=1,
+        triton.next_power_of_2(allowed_R.numel() // segments), dim, triton.next_power_of_2(dim),
+        num_warps=1, **chained(keys.device),
     )  # fmt: skip
     return Chooser(rows_SG2D, earlier_S, pages_R)
 
@@ -93,11 +96,13 @@ def worth_of(scores_SGP: Tensor, earlier_S: Tensor, worth: Worth) -> Tensor:
     parts = scores_SGP.new_empty(2, segments, group, tiles)
     if worth is Worth.softmax:
         _totals[(tiles, segments)](
-            scores_SGP, earlier_S, parts[0], parts[1], room, group, heads, TILE, num_warps=4
-        )
+            scores_SGP, earlier_S, parts[0], parts[1], room, group, heads, TILE,
+            num_warps=4, **chained(scores_SGP.device),
+        )  # fmt: skip
     _worth[(tiles, segments)](
         scores_SGP, earlier_S, parts[0], parts[1], worth_RP, room,
-        int(worth), group, heads, triton.next_power_of_2(tiles), TILE, num_warps=4,
+        int(worth), group, heads, triton.next_power_of_2(tiles), TILE,
+        num_warps=4, **chained(scores_SGP.device),
     )  # fmt: skip
     return worth_RP
 
@@ -107,8 +112,11 @@ def _take_in(  # type: ignore[no-untyped-def]
     q, k, v, keys, values, first, lengths, bounds, allowed, limits, rows, earlier, pages,
     k_stride, v_stride, room, page: tl.constexpr, group: tl.constexpr, group_pad: tl.constexpr,
     choosers: tl.constexpr, choosers_pad: tl.constexpr, dim: tl.constexpr, dim_pad: tl.constexpr,
+    chain: tl.constexpr,
 ):  # fmt: skip
     """One program a segment, of one warp: all its threads have read the length before one writes it."""
+    enter(chain)
+    leave(chain)
     s = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, dim_pad)
     inside = d < dim
@@ -146,9 +154,11 @@ def _take_in(  # type: ignore[no-untyped-def]
 @triton.jit
 def _totals(  # type: ignore[no-untyped-def]
     scores, earlier, peaks, totals, room,
-    group: tl.constexpr, group_pad: tl.constexpr, tile: tl.constexpr,
+    group: tl.constexpr, group_pad: tl.constexpr, tile: tl.constexpr, chain: tl.constexpr,
 ):  # fmt: skip
     """One program a tile: the highest logit of its earlier pages, and the sum of exponentials to it."""
+    enter(chain)
+    leave(chain)
     t = tl.program_id(0)
     s = tl.program_id(1).to(tl.int64)
     g = tl.arange(0, group_pad)
@@ -169,9 +179,11 @@ def _totals(  # type: ignore[no-untyped-def]
 def _worth(  # type: ignore[no-untyped-def]
     scores, earlier, peaks, totals, worth, room,
     kind: tl.constexpr, group: tl.constexpr, group_pad: tl.constexpr, tiles_pad: tl.constexpr,
-    tile: tl.constexpr,
+    tile: tl.constexpr, chain: tl.constexpr,
 ):  # fmt: skip
     """One program a tile. `kind`: see Worth."""
+    enter(chain)
+    leave(chain)
     t = tl.program_id(0)
     s = tl.program_id(1).to(tl.int64)
     last = tl.load(earlier + s)

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hcache.kernels.chain import chained, enter, leave
+
 MERGED, MERGED_DIM = 128, 32
 """Partial results that a program of the merge loads at once, and numbers of each."""
 
@@ -113,12 +115,12 @@ def decode(
         sums, peaks, totals, programs, rows, 0 if pages is None else pages.stride(0),
         dim**-0.5, share, group, max(16, triton.next_power_of_2(group)), dim, dim_pad, rows_pad,
         page_size, logits is not None, tuning.block,
-        num_warps=tuning.warps, num_stages=stages,
+        num_warps=tuning.warps, num_stages=stages, **chained(keys.device),
     )  # fmt: skip
     width = min(dim_pad, MERGED_DIM)
     _merge[(rows, group, triton.cdiv(dim, width))](
         sums, peaks, totals, limits_R, out_RGD, lse_RG, programs, rows,
-        group, dim, width, rows_pad, tuning.block, MERGED, num_warps=4,
+        group, dim, width, rows_pad, tuning.block, MERGED, num_warps=4, **chained(keys.device),
     )  # fmt: skip
     return out_RGD, lse_RG
 
@@ -138,9 +140,10 @@ def _attend(  # type: ignore[no-untyped-def]
     q, keys, values, first, limits, pages, logits, sums, peaks, totals, programs, rows, pages_stride, scale,
     share: tl.constexpr, group: tl.constexpr, group_pad: tl.constexpr, dim: tl.constexpr,
     dim_pad: tl.constexpr, rows_pad: tl.constexpr, page_size: tl.constexpr, store_logits: tl.constexpr,
-    block: tl.constexpr,
+    block: tl.constexpr, chain: tl.constexpr,
 ):  # fmt: skip
     """Program p walks over its stretch of the line, and leaves one partial result a row it meets."""
+    enter(chain)
     program = tl.program_id(0)
     row, blocks, ends, each = _deal(limits, rows, programs, rows_pad, block)
     at = program * each
@@ -213,11 +216,13 @@ def _attend_row(  # type: ignore[no-untyped-def]
 def _merge(  # type: ignore[no-untyped-def]
     sums, peaks, totals, limits, out, lse, programs, rows,
     group: tl.constexpr, dim: tl.constexpr, width: tl.constexpr, rows_pad: tl.constexpr,
-    block: tl.constexpr, merged: tl.constexpr,
+    block: tl.constexpr, merged: tl.constexpr, chain: tl.constexpr,
 ):  # fmt: skip
     """One program a row, head and part of the head dim: finds the programs that met the row, and merges what
     they left.
     """
+    enter(chain)
+    leave(chain)
     r = tl.program_id(0)
     g = tl.program_id(1)
     row, blocks, ends, each = _deal(limits, rows, programs, rows_pad, block)

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hcache.kernels.chain import chained, enter, leave
+
 TILE = 512
 """N. 45 tiles for 23,000 places: with 8 segments, almost three programs for each SM."""
 
@@ -59,7 +61,7 @@ def put(
     _put[(segments,)](
         k_SD, v_SD, keys, values, first_S, lengths_S, order_SW, capacity_S, _or(real_S, lengths_S),
         k_SD.stride(0), v_SD.stride(0), order_SW.shape[1], real_S is not None,
-        dim, triton.next_power_of_2(dim), num_warps=1,
+        dim, triton.next_power_of_2(dim), num_warps=1, **chained(keys.device),
     )  # fmt: skip
 
 
@@ -78,7 +80,7 @@ def put_oldest(
     _put_oldest[(segments,)](
         k_SD, v_SD, keys, values, first_S, lengths_S, next_S, gone_S, capacity_S, sinks_S,
         _or(real_S, lengths_S), k_SD.stride(0), v_SD.stride(0), real_S is not None,
-        dim, triton.next_power_of_2(dim), num_warps=1,
+        dim, triton.next_power_of_2(dim), num_warps=1, **chained(keys.device),
     )  # fmt: skip
 
 
@@ -117,11 +119,13 @@ def evict(
     _judge[grid](
         *both, logits, totals_SG, first_S, protected_S, width,
         judging.largest, judging.divisor, judging.kernel, judging.highest,
-        summed, masked, heads, triton.next_power_of_2(heads), TILE, num_warps=4,
+        summed, masked, heads, triton.next_power_of_2(heads), TILE,
+        num_warps=4, **chained(order_SW.device),
     )  # fmt: skip
     _take_out[grid](
-        *both, capacity_S, prompt_S, width, summed, masked, triton.next_power_of_2(tiles), TILE, num_warps=4
-    )
+        *both, capacity_S, prompt_S, width, summed, masked, triton.next_power_of_2(tiles), TILE,
+        num_warps=4, **chained(order_SW.device),
+    )  # fmt: skip
 
 
 def _checked(k_SD: Tensor, v_SD: Tensor, keys: Tensor, values: Tensor) -> tuple[int, int]:
@@ -149,9 +153,11 @@ def _write(  # type: ignore[no-untyped-def]
 @triton.jit
 def _put(  # type: ignore[no-untyped-def]
     k, v, keys, values, first, lengths, order, capacity, real, k_stride, v_stride, width,
-    masked: tl.constexpr, dim: tl.constexpr, dim_pad: tl.constexpr,
+    masked: tl.constexpr, dim: tl.constexpr, dim_pad: tl.constexpr, chain: tl.constexpr,
 ):  # fmt: skip
     """One program a segment, of one warp: all its threads have read the length before one writes it."""
+    enter(chain)
+    leave(chain)
     s = tl.program_id(0).to(tl.int64)
     fed = True
     if masked:
@@ -168,9 +174,11 @@ def _put(  # type: ignore[no-untyped-def]
 @triton.jit
 def _put_oldest(  # type: ignore[no-untyped-def]
     k, v, keys, values, first, lengths, following, gone, capacity, sinks, real, k_stride, v_stride,
-    masked: tl.constexpr, dim: tl.constexpr, dim_pad: tl.constexpr,
+    masked: tl.constexpr, dim: tl.constexpr, dim_pad: tl.constexpr, chain: tl.constexpr,
 ):  # fmt: skip
     """As `_put`; what one thread writes all others have read."""
+    enter(chain)
+    leave(chain)
     s = tl.program_id(0).to(tl.int64)
     fed = True
     if masked:
@@ -210,9 +218,11 @@ def _judge(  # type: ignore[no-untyped-def]
     logits, totals, first, protected, width,
     largest: tl.constexpr, divisor: tl.constexpr, kernel: tl.constexpr, highest: tl.constexpr,
     summed: tl.constexpr, masked: tl.constexpr, heads: tl.constexpr, heads_pad: tl.constexpr,
-    tile: tl.constexpr,
+    tile: tl.constexpr, chain: tl.constexpr,
 ):  # fmt: skip
     """One program a tile: scores of its places, and of these the lowest; sums take in what is new."""
+    enter(chain)
+    leave(chain)
     t = tl.program_id(0)
     s = tl.program_id(1).to(tl.int64)
     place = t * tile + tl.arange(0, tile)
@@ -255,8 +265,11 @@ def _judge(  # type: ignore[no-untyped-def]
 def _take_out(  # type: ignore[no-untyped-def]
     lengths, real, order, sums, worst, worst_slot, first_slot, lowest, first_sum, capacity, prompt, width,
     summed: tl.constexpr, masked: tl.constexpr, tiles_pad: tl.constexpr, tile: tl.constexpr,
+    chain: tl.constexpr,
 ):  # fmt: skip
     """One program a tile. All its threads have read before one writes; of other tiles it reads nothing."""
+    enter(chain)
+    leave(chain)
     t = tl.program_id(0)
     s = tl.program_id(1).to(tl.int64)
     most = tl.load(capacity + s)

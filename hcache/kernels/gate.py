@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hcache.kernels.chain import chained, enter, leave
 from hcache.kernels.linear import ROWS, Tuning
 
-TUNING = Tuning(32, 128, 4, 5)
-"""`strip` counts rows of each weight: a stage loads as much as in the best tuning of one wide product."""
+TUNING = Tuning(64, 128, 4, 4)
+"""`strip` counts rows of each weight. Measured on an H200 for 2 x 14336 x 4096 (bf16, M = 1): 55.9 us."""
 
 
 def swiglu(x_MK: Tensor, gate_NK: Tensor, up_NK: Tensor, tuning: Tuning = TUNING) -> Tensor:
@@ -37,7 +38,7 @@ def swiglu(x_MK: Tensor, gate_NK: Tensor, up_NK: Tensor, tuning: Tuning = TUNING
     out_MN = torch.empty(rows, outer, dtype=x_MK.dtype, device=x_MK.device)
     _swiglu[(triton.cdiv(outer, tuning.strip),)](
         x_MK, gate_NK, up_NK, out_MN, rows, outer, inner, ROWS, tuning.strip, tuning.block,
-        num_warps=tuning.warps, num_stages=tuning.stages,
+        num_warps=tuning.warps, num_stages=tuning.stages, **chained(x_MK.device),
     )  # fmt: skip
     return out_MN
 
@@ -45,8 +46,9 @@ def swiglu(x_MK: Tensor, gate_NK: Tensor, up_NK: Tensor, tuning: Tuning = TUNING
 @triton.jit
 def _swiglu(  # type: ignore[no-untyped-def]
     x, gate, up, out, rows, outer, inner: tl.constexpr,
-    rows_pad: tl.constexpr, strip: tl.constexpr, block: tl.constexpr,
+    rows_pad: tl.constexpr, strip: tl.constexpr, block: tl.constexpr, chain: tl.constexpr,
 ):  # fmt: skip
+    enter(chain)
     n = tl.program_id(0) * strip + tl.arange(0, strip)
     m = tl.arange(0, rows_pad)
     k = tl.arange(0, block)
@@ -62,6 +64,7 @@ def _swiglu(  # type: ignore[no-untyped-def]
                        mask=(m < rows)[None, :] & live[:, None], other=0.0)  # fmt: skip
         gate_NM = tl.dot(g_NK, x_KM, gate_NM)
         up_NM = tl.dot(u_NK, x_KM, up_NM)
+    leave(chain)
     kind = out.dtype.element_ty
     g_NM = gate_NM.to(kind).to(tl.float32)
     silu_NM = (g_NM / (1.0 + tl.exp(-g_NM))).to(kind).to(tl.float32)

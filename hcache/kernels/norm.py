@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hcache.kernels.chain import chained, enter, leave
+
 WIDEST = 1 << 15
 """Largest D: a program holds its row in registers."""
 
@@ -30,14 +32,16 @@ def rms_norm(x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     out_RD = torch.empty_like(x_RD)
     dim_pad = triton.next_power_of_2(dim)
     warps = min(16, max(1, dim_pad // 512))
-    _rms_norm[(rows,)](x_RD, weight_D, out_RD, eps, dim, dim_pad, num_warps=warps)
+    _rms_norm[(rows,)](x_RD, weight_D, out_RD, eps, dim, dim_pad, num_warps=warps, **chained(x_RD.device))
     return out_RD
 
 
 @triton.jit
 def _rms_norm(  # type: ignore[no-untyped-def]
-    x, weight, out, eps, dim: tl.constexpr, dim_pad: tl.constexpr
+    x, weight, out, eps, dim: tl.constexpr, dim_pad: tl.constexpr, chain: tl.constexpr
 ):  # fmt: skip
+    enter(chain)
+    leave(chain)
     d = tl.arange(0, dim_pad)
     place = tl.program_id(0).to(tl.int64) * dim + d
     x_D = tl.load(x + place, mask=d < dim, other=0.0).to(tl.float32)

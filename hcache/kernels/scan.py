@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hcache.kernels.chain import chained, enter
+
 BLOCK = 64
 """N. Small blocks make many programs, which is what hides the latency of reading here."""
 
@@ -61,7 +63,8 @@ def scan(
             rows_XRD.contiguous(), keys, first_X, counts_X, counts_X if wanted_X is None else wanted_X,
             logits, logits if parts is None else parts, width, scale, rows,
             max(16, triton.next_power_of_2(rows)), dim, piece, rows_XRD.dtype != keys.dtype,
-            wanted_X is not None, parts is not None, BLOCK, num_warps=4, num_stages=4,
+            wanted_X is not None, parts is not None, BLOCK,
+            num_warps=4, num_stages=4, **chained(keys.device),
         )  # fmt: skip
     return logits
 
@@ -70,7 +73,7 @@ def scan(
 def _scan(  # type: ignore[no-untyped-def]
     rows, keys, first, counts, wanted, logits, parts, width, scale, count_rows,
     rows_pad: tl.constexpr, dim: tl.constexpr, piece: tl.constexpr, mixed: tl.constexpr,
-    some: tl.constexpr, parted: tl.constexpr, block: tl.constexpr,
+    some: tl.constexpr, parted: tl.constexpr, block: tl.constexpr, chain: tl.constexpr,
 ):  # fmt: skip
     """One program a block of keys.
 
@@ -78,6 +81,7 @@ def _scan(  # type: ignore[no-untyped-def]
     significant bits, exact too, and a rest of 13 bits of which tf32 keeps 11: two products on tensor cores
     lose at most 2**-21 of a term, less than tensor cores lose in adding up. float32 keys take no tensor core.
     """
+    enter(chain)
     x = tl.program_id(1).to(tl.int64)
     if some:  # noqa: SIM102 (decided while compiling)
         if tl.load(wanted + x) == 0:

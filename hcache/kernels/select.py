@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hcache.kernels.chain import chained, enter, leave
+
 MOST = 65536
 """Scores of a row, at most."""
 
@@ -61,7 +63,8 @@ def select(
         _select[(rows,)](
             scores_XN, counts_X, positions, counts_X if rest_S is None else rest_S, tokens, width,
             0 if rest_S is None else rows // rest_S.numel(),
-            triton.cdiv(tokens, part), part, triton.next_power_of_2(width), num_warps=warps,
+            triton.cdiv(tokens, part), part, triton.next_power_of_2(width),
+            num_warps=warps, **chained(scores_XN.device),
         )  # fmt: skip
     return positions
 
@@ -70,6 +73,7 @@ def select(
 def _select(  # type: ignore[no-untyped-def]
     scores, counts, positions, rest, tokens, width,
     sharing: tl.constexpr, parts: tl.constexpr, part: tl.constexpr, width_pad: tl.constexpr,
+    chain: tl.constexpr,
 ):  # fmt: skip
     """One program a row: the highest threshold that `count` scores reach, in thirds, then compaction.
 
@@ -78,6 +82,8 @@ def _select(  # type: ignore[no-untyped-def]
     The first part of a row stays in registers, the others are read again in each round, from a cache.
     `sharing`: rows for which a number of `rest` is, 0 if there are none.
     """
+    enter(chain)
+    leave(chain)
     x = tl.program_id(0).to(tl.int64)
     row = scores + x * tokens
     n = tl.arange(0, part)

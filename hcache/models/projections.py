@@ -1,8 +1,9 @@
 """Decode steps whose projections, gated MLPs and norms are our own kernels (hcache.kernels.products).
 
-Queries, keys and values of a layer come from one launch, so do gate and up with what follows them, and a norm
-is one launch instead of six. For steps of a few tokens in all: they are bound by reading the weights and, if
-not captured, by launches. Knows module names and shapes; nothing of caches, attention or methods.
+Layers of a kind we know are switched as a whole (hcache.models.layers), of others the parts: queries, keys
+and values come from one launch, so do gate and up with what follows them, and a norm is one launch instead
+of six. For steps of a few tokens in all: they are bound by reading the weights and, if not captured, by
+launches. Knows module names and shapes; nothing of caches or methods.
 
 What is put on modules has the same code and structure in every layer: torch.compile compiles it once.
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hcache.kernels.products import linears, rms_norm, swiglu
+from hcache.models import layers
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +43,14 @@ GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+CACHES = ("cache", "past_key_values")
+"""What a cache is called by transformers' layers, newer ones first."""
+
 GROUP, PLACE = "_hcache_group", "_hcache_place"
 
 
 @contextmanager
-def fused_projections(model: nn.Module, norms: bool = True) -> Iterator[None]:
+def fused_projections(model: nn.Module, compiled: bool = False) -> Iterator[None]:
     """While entered, calls with at most ROWS tokens go to our kernels, in modules that have a match there.
 
     Switched on the modules of this model, never on their classes, and always switched back. For inference.
@@ -54,10 +59,10 @@ def fused_projections(model: nn.Module, norms: bool = True) -> Iterator[None]:
 
     Args:
         model: a transformers decoder.
-        norms: RMSNorms too. torch.compile fuses norms with what stands around them, unless they are ours.
+        compiled: projections and MLPs alone; torch.compile fuses the rest of a layer, unless it is ours.
     """
     # Past nn.Module's own __setattr__: these are notes for a while, not parts of the model.
-    given = _forwards(model, norms)
+    given = _forwards(model, compiled)
     try:
         for module, parts in given.items():
             module.__dict__.update(parts)
@@ -73,10 +78,12 @@ def takes(weight: Tensor) -> bool:
     return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
 
 
-def _forwards(model: nn.Module, norms: bool) -> dict[nn.Module, dict[str, Any]]:
+def _forwards(model: nn.Module, compiled: bool) -> dict[nn.Module, dict[str, Any]]:
     """Modules to be switched, and what each is given."""
     found: dict[nn.Module, dict[str, Any]] = {}
     for module in model.modules():
+        if not compiled and _is_plain_layer(module):
+            found[module] = _forward(_layer, module)
         if _is_swiglu(module):
             found[module] = _forward(_swiglu, module)
         else:
@@ -86,7 +93,7 @@ def _forwards(model: nn.Module, norms: bool) -> dict[nn.Module, dict[str, Any]]:
             part = getattr(module, name, None)
             if _is_linear(part):
                 found[part] = _forward(_linear, part)
-        if norms and _is_rms_norm(module):
+        if not compiled and _is_rms_norm(module):
             found[module] = _forward(_rms_norm, module)
     return found
 
@@ -150,6 +157,22 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     return _products([module], x)[0] if _few_rows(x, module) else nn.Linear.forward(module, x)
 
 
+def _layer(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **arguments: Any,
+) -> Tensor:
+    """The forward of a decoder layer; with a cache of transformers' own its class's."""
+    cached = any(arguments.get(name) is not None for name in CACHES)
+    if cached or position_embeddings is None or not _few_rows(hidden_states, module.self_attn.q_proj):
+        arguments |= {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
+        out: Tensor = type(module).forward(module, hidden_states, **arguments)
+        return out
+    return layers.advance(module, hidden_states, attention_mask, position_embeddings)
+
+
 def _swiglu(module: Any, x: Tensor) -> Tensor:
     """The forward of a gated MLP."""
     if not _few_rows(x, module.gate_proj):
@@ -179,6 +202,21 @@ def _is_linear(part: Any) -> TypeGuard[nn.Linear]:
     if type(part) is not nn.Linear or not _is_bare(part) or not takes(part.weight):
         return False
     return all(p.dtype == part.weight.dtype and p.is_contiguous() for p in part.parameters())
+
+
+def _is_plain_layer(module: Any) -> bool:
+    """Whether hcache.models.layers knows how to advance it, and all its parts are what they seem."""
+    if not _is_bare(module) or not layers.is_plain(module) or not _is_swiglu(module.mlp):
+        return False
+    return all(
+        _is_linear(part) if isinstance(part, nn.Linear) else _is_bare(part) and _is_taken(part)
+        for part in module.modules()
+        if part is not module
+    )
+
+
+def _is_taken(part: nn.Module) -> bool:
+    return all(takes(weight) and weight.is_contiguous() for weight in part.parameters(recurse=False))
 
 
 def _is_bare(module: nn.Module) -> bool:
