@@ -31,7 +31,7 @@ from hcache.geometry import Geometry
 from hcache.methods import Method, make
 from hcache.models.identity import config_geometry, model_geometry
 
-SIDE_BY_SIDE = 4
+SIDE_BY_SIDE = 2
 """Layers whose background work runs at the same time."""
 
 

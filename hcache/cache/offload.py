@@ -139,6 +139,7 @@ class HostRows(Held):
         first_Q: Tensor,
         target: KeyValues,
         target_first_Q: Tensor | None = None,
+        programs: int = PROGRAMS,
     ) -> None:
         """Write the first `counts_Q[q]` listed rows of each list next to each other; no synchronisation.
 
@@ -147,10 +148,11 @@ class HostRows(Held):
             listed_QK: int32, rows within a segment; the others of a list exist there, too.
             first_Q: [Q] int64, `first[s]` of each list's segment.
             target_first_Q: [Q] int64, where each list goes in the target's buffers; K * q if None.
+            programs: see copy_rows.
         """
         copy_lists(
             self._pairs(target), counts_Q, listed_QK, source_first_Q=first_Q,
-            target_first_Q=target_first_Q, count=self._loaded,
+            target_first_Q=target_first_Q, programs=programs, count=self._loaded,
         )  # fmt: skip
 
     def _pairs(self, target: KeyValues) -> list[tuple[Tensor, Tensor]]:

@@ -38,6 +38,11 @@ from hcache.scoring import Group, Pooling, pool, reduce_group, top_positions, wi
 DELIVERY_PROGRAMS = 1024
 """Programs that copy staged rows into the store: the step waits for them, they may take the whole device."""
 
+FETCH_PROGRAMS = 8
+"""Programs of a layer that fetch rows while steps go on. Reads of host memory that wait for the bus hold up the
+device's own: with 64 programs a layer steps stood still until all was fetched (LOG.md).
+"""
+
 MOST_ROWS = 64
 """Query rows that one scan takes (hcache.kernels.scan)."""
 
@@ -309,7 +314,9 @@ class HeteroLayer(StoreLayer):
             first_Q = self.store.first[self._watch.segment_Q]
             self._host.load_lists(fresh_Q, self._chosen_QK, self._first_Q, self.store, first_Q)
         else:
-            self._host.load_lists(fresh_Q, self._chosen_QK, self._first_Q, self._staging)
+            self._host.load_lists(
+                fresh_Q, self._chosen_QK, self._first_Q, self._staging, programs=FETCH_PROGRAMS
+            )
 
     def _place_K(self) -> Tensor:
         return torch.arange(self._chosen_QK.shape[1], device=self._chosen_QK.device)
