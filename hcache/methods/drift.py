@@ -39,8 +39,8 @@ DELIVERY_PROGRAMS = 1024
 """Programs that copy staged rows into the store: the step waits for them, they may take the whole device."""
 
 FETCH_PROGRAMS = 8
-"""Programs of a layer that fetch rows while steps go on. Reads of host memory that wait for the bus hold up the
-device's own: with 64 programs a layer steps stood still until all was fetched (LOG.md).
+"""Programs of a layer that fetch rows while steps go on. Reads that wait for the bus hold up all others: with
+64 programs a layer, steps stood still until all was fetched (LOG.md).
 """
 
 MOST_ROWS = 64
