@@ -1,7 +1,7 @@
 """What a benchmark is: examples in parts, a score for each answer, an average of the tasks.
 
-A benchmark is a frozen dataclass whose fields are its settings. How prompts are batched, templated and run is
-the runner's business; nothing here knows a model or a method.
+A benchmark is a frozen dataclass whose fields are its settings. How prompts are batched, cut, templated and
+run is the runner's business; nothing here knows a model or a method.
 """
 
 from __future__ import annotations
@@ -9,10 +9,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
 from hcache.registry import Registry, unknown_name
+
+Tree = Sequence[Any]
+"""Scores of examples, or trees: its mean is that of its scores, or of its trees' means."""
+
+
+def tree_mean(tree: Tree) -> float:
+    """The mean of means of a tree. Raises ValueError for an empty one."""
+    return fmean(part if isinstance(part, int | float) else tree_mean(part) for part in tree)
+
+
+def by_task(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Scores of each task's examples, in the order of the lines."""
+    found: dict[str, list[float]] = {}
+    for line in lines:
+        found.setdefault(line["task"], []).append(line["score"])
+    return found
 
 
 @dataclass(frozen=True)
@@ -22,11 +39,14 @@ class Example:
     Args:
         task: name of its row in the results.
         id: unique within the task.
+        answer_prefix: how the answer begins; with a chat template it stands in the model's own turn.
         answers: accepted answers, or the parts of one answer; the metric says which.
         max_new_tokens: enough for the answer in any tokenizer.
         stop: texts that end the answer.
         metric: name of the score.
         extra: whatever else scoring needs, as JSON data.
+        chat: the protocol puts context and question into the model's chat template, if it has one.
+        system: the system message there; None for none.
     """
 
     task: str
@@ -39,6 +59,8 @@ class Example:
     stop: tuple[str, ...]
     metric: str
     extra: dict[str, Any] = field(default_factory=dict)
+    chat: bool = False
+    system: str | None = None
 
     @property
     def prompt(self) -> str:
@@ -83,6 +105,26 @@ class Benchmark(ABC):
     def examples(self, tokenizer: Any | None) -> list[Example]:
         """The examples, in a fixed order; the tokenizer only measures lengths (None: one token a byte)."""
 
+    def longest_prompt(self, window: int) -> int | None:
+        """Tokens that the protocol cuts longer prompts to, in their middle; None where it cuts none.
+
+        Args:
+            window: positions the model has.
+        """
+        return None
+
+    def identity(self) -> dict[str, Any]:
+        """What besides the settings decides the examples (revisions, contents of files), for the record."""
+        return {}
+
+    def notes(self) -> list[str]:
+        """What a reader of results must know about the examples; asked after they were made."""
+        return []
+
+    def files(self) -> list[Path]:
+        """Get everything the examples are made from, for machines without a network; where it lies now."""
+        return []
+
     def prompt_lengths(self) -> tuple[int, ...] | None:
         """Lengths in tokens of the compressed prompts, if known before a tokenizer is there; else None."""
         return None
@@ -101,6 +143,14 @@ class Benchmark(ABC):
             example: the example, or the name of its task; then `extra` holds what the example's would.
         """
 
+    def aggregates(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Tree]:
+        """The benchmark's averages by name, as trees of example scores; `tree_mean` says how they are read.
+
+        Args:
+            lines: of predictions.jsonl: `task`, `score` (0 to 1) and what `Example.extra` held.
+        """
+        return {}
+
     def aggregate(self, scores: Mapping[str, float], kind: str = "official") -> float:
         """The benchmark's average of its tasks, on their scale: the mean. Raises ValueError for no task."""
         if kind != "official":
@@ -110,6 +160,35 @@ class Benchmark(ABC):
         if not scores:
             raise ValueError(f"benchmark '{self.name}': no scores to average")
         return fmean(scores.values())
+
+
+@dataclass(frozen=True)
+class FileBenchmark(Benchmark):
+    """A benchmark whose rows are files of its authors.
+
+    Args:
+        data_dir: a directory that holds the files; null looks in data/<benchmark>/, then on the Hub.
+        prompt_dir: a checkout of the repository that the prompts are from; null fetches the pinned files.
+        revision: of the data on the Hub; null is the pinned one.
+        skip_bad_rows: count broken rows and say so instead of stopping.
+        max_length: tokens of a prompt, longer ones lose their middle; null leaves it to the protocol.
+    """
+
+    data_dir: str | None = None
+    prompt_dir: str | None = None
+    revision: str | None = None
+    skip_bad_rows: bool = False
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"benchmark.max_length={self.max_length} must be at least 2, or null")
+
+    def check_protocol(self, known: Sequence[str]) -> None:
+        """Raise ValueError for a protocol that is not known."""
+        if self.protocol not in known:
+            raise ValueError(f"benchmark.protocol: {unknown_name('protocol', self.protocol, known)}")
 
 
 BENCHMARKS: Registry[Benchmark] = Registry("benchmark")
