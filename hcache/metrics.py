@@ -5,8 +5,10 @@ Pure functions of their arguments; random draws come from a seed. Knows no bench
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +34,41 @@ class Comparison:
     difference: float
     ci: tuple[float, float]
     p_value: float
+
+
+Tree = Sequence[Any]
+"""Scores, or trees: its mean is that of its scores, or of its trees' means."""
+
+
+def tree_mean(tree: Tree) -> float:
+    """The mean of means of a tree. Raises ValueError for an empty one."""
+    if not tree:
+        raise ValueError("there is no score to average")
+    return math.fsum(part if isinstance(part, int | float) else tree_mean(part) for part in tree) / len(tree)
+
+
+def tree_size(tree: Tree) -> int:
+    """Scores in a tree."""
+    return sum(1 if isinstance(part, int | float) else tree_size(part) for part in tree)
+
+
+def tree_ci(tree: Tree, seed: int, level: float = 0.95, draws: int = 10_000) -> tuple[float, float]:
+    """Percentile bootstrap interval of `tree_mean`: every list of scores is resampled for itself.
+
+    Raises:
+        ValueError: as bootstrap_ci, and for an empty tree.
+    """
+    if not tree:
+        raise ValueError("there is no score to average")
+    return _interval(_tree_means(tree, np.random.default_rng(seed), draws), level)
+
+
+def _tree_means(tree: Tree, rng: np.random.Generator, draws: int) -> NDArray[np.float64]:
+    if isinstance(tree[0], int | float):
+        array = _checked(tree)
+        shapes = [(rows, array.size) for rows in _blocks(array.size, draws)]
+        return np.concatenate([array[rng.integers(0, array.size, shape)].mean(axis=1) for shape in shapes])
+    return np.stack([_tree_means(part, rng, draws) for part in tree]).mean(axis=0)
 
 
 def bootstrap_ci(
@@ -85,9 +122,7 @@ def _blocks(size: int, draws: int) -> list[int]:
 
 def _bootstrap_means(array: NDArray[np.float64], seed: int, draws: int) -> NDArray[np.float64]:
     """Means [draws] of resamples with replacement."""
-    rng = np.random.default_rng(seed)
-    shapes = [(rows, array.size) for rows in _blocks(array.size, draws)]
-    return np.concatenate([array[rng.integers(0, array.size, shape)].mean(axis=1) for shape in shapes])
+    return _tree_means(array.tolist(), np.random.default_rng(seed), draws)
 
 
 def _flip_p_value(gaps: NDArray[np.float64], seed: int, draws: int) -> float:

@@ -255,7 +255,7 @@ def _device_type(device: str) -> str:
 def _benchmark(run: RunConfig, section: dict[str, Any]) -> dict[str, Any]:
     """What is run: the benchmark's settings, or those of runner=latency, which has no examples."""
     if run.runner.name != "latency":
-        return {"name": run.benchmark.name, **section}
+        return {"name": run.benchmark.name, **section, **records.plain(run.benchmark.identity())}
     from runners.latency_settings import settings_of  # which imports this module
 
     # Captured steps compute the same as others, but not in the same time.

@@ -20,6 +20,7 @@ from runners import CellOutcome
 from runners.checks import known_infeasible
 from runners.config import RunConfig, budget_of
 from runners.interrupt import Interrupted, StopSignal
+from runners.notes import counted
 from runners.plan import PlannedCell, planned
 from runners.progress import CellProgress
 from runners.prompts import Prompt
@@ -121,13 +122,14 @@ def _key(line: Line) -> tuple[str, str]:
 def _completed(plan: PlannedCell, worker: Worker, lines: Sequence[Line]) -> Result:
     by_key = {_key(line): line for line in lines}
     ordered = [by_key[prompt.key] for prompt in worker.prompts]
-    summary = summarise(ordered, _requested(plan))
+    benchmark = plan.run.benchmark
+    summary = summarise(ordered, _requested(plan), benchmark.aggregates(ordered))
     scores = {name: task["score"] for name, task in summary["tasks"].items()}
     return {
         **_head(plan, "completed"),
-        "score": plan.run.benchmark.aggregate(scores),
+        "score": benchmark.aggregate(scores),
         **summary,
-        "notes": worker.notes(),
+        "notes": [*worker.notes(), *counted(ordered)],
         "provenance": records.provenance(
             device=worker.device_name,
             started=min(line["started"] for line in ordered),

@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from hcache.benchmarks.base import shard_of
 from hcache.records import Cell
 from runners.config import CONF, ConfigError, RunConfig, cell_of, one_line, plain_config, typed
 
@@ -35,8 +36,10 @@ class PlannedCell:
 
     @property
     def directory(self) -> Path:
-        """Where its records go."""
-        return self.cell.directory(self.run.outputs)
+        """Where its records go; those of a shard below the cell's."""
+        whole = self.cell.directory(self.run.outputs)
+        shard = shard_of(getattr(self.run.benchmark, "shard", None))
+        return whole if shard is None else whole / "shards" / shard.label
 
 
 def planned(run: RunConfig) -> PlannedCell:

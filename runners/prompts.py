@@ -2,7 +2,8 @@
 under.
 
 Batches are formed from the benchmark's full list whatever the limit, so raising the limit or resuming never
-changes who shares a batch with whom. Knows no runner, no record and no method by name.
+changes who shares a batch with whom; where every example is a batch of its own, no more is read than is run.
+Knows no runner, no record and no method by name.
 """
 
 from __future__ import annotations
@@ -16,9 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hcache.benchmarks.base import shard_of
 from hcache.budget import Budget, InfeasibleBudget
 from hcache.geometry import Geometry
 from hcache.methods import Method
+from runners.wording import worded
+
+TASK_BATCHES = 1_000_000
+"""More than a task has batches."""
 
 ADJUSTED_SHARE = 0.05
 """Of a task's examples, how many may run under another budget than the one asked for."""
@@ -33,12 +39,14 @@ class Prompt:
         batch: number of the batch it belongs to, in the benchmark's full list.
         ids: [n] int64, the prompt that is compressed.
         follow_up: [n2] int64, fed after compression (query_aware=false); None where there is none.
+        cut: the prompt was too long and has lost its middle.
     """
 
     example: Any
     batch: int
     ids: Tensor
     follow_up: Tensor | None
+    cut: bool = False
 
     @property
     def key(self) -> tuple[str, str]:
@@ -51,43 +59,64 @@ class Prompt:
         return int(self.ids.numel())
 
 
-def prepare(benchmark: Any, tokenizer: Any, batch_size: int) -> list[Prompt]:
-    """The prompts to run, in canonical order: batch by batch, a batch's members in the benchmark's order."""
-    everything = dataclasses.replace(benchmark, limit=None).examples(tokenizer)
-    wanted = everything
-    if benchmark.limit is not None:
-        chosen = {(e.task, e.id) for e in benchmark.examples(tokenizer)}
+def prepare(benchmark: Any, tokenizer: Any, batch_size: int, window: int) -> list[Prompt]:
+    """The prompts to run, in canonical order: batch by batch, a batch's members in the benchmark's order.
+
+    Args:
+        window: positions of the model.
+    """
+    wanted = benchmark.examples(tokenizer)
+    everything = wanted
+    if benchmark.limit is not None and batch_size > 1:
+        everything = dataclasses.replace(benchmark, limit=None).examples(tokenizer)
+        chosen = {(e.task, e.id) for e in wanted}
         wanted = [e for e in everything if (e.task, e.id) in chosen]
     batch_of = batches(everything, batch_size)
-    prompts = [_prompt(benchmark, tokenizer, e, batch_of[e.task, e.id]) for e in wanted]
+    of_shard = shard_of(benchmark.shard)
+    numbers = sorted({batch_of[e.task, e.id] for e in wanted})
+    mine = {number for place, number in enumerate(numbers) if of_shard is None or of_shard.takes(place)}
+    wanted = [e for e in wanted if batch_of[e.task, e.id] in mine]
+    prompts = [_prompt(benchmark, tokenizer, e, batch_of[e.task, e.id], window) for e in wanted]
     return sorted(prompts, key=lambda prompt: prompt.batch)
 
 
 def batches(examples: Sequence[Any], size: int) -> dict[tuple[str, str], int]:
-    """Batch number of every example: neighbours of one task, nominal length and ending, `size` at a time.
+    """Batch number of every example: those of one task and ending, the short ones together, `size` at a time.
+
+    Numbers of a task begin at a multiple of TASK_BATCHES: more examples of one task change no other's.
 
     Raises:
         ValueError: two examples with one task and id, which a record could not tell apart.
     """
-    groups: dict[Any, list[tuple[str, str]]] = {}
-    for e in examples:
-        groups.setdefault((e.task, e.extra.get("length"), e.max_new_tokens, e.stop), []).append(
-            (e.task, e.id)
-        )
-    chunks = [keys[i : i + size] for keys in groups.values() for i in range(0, len(keys), size)]
-    numbered = {key: number for number, chunk in enumerate(chunks) for key in chunk}
-    if len(numbered) != len(examples):
+    found: dict[tuple[str, str], int] = {}
+    for place, task in enumerate(dict.fromkeys(e.task for e in examples)):
+        groups: dict[Any, list[Any]] = {}
+        for e in examples:
+            if e.task == task:
+                groups.setdefault((e.max_new_tokens, e.stop) if size > 1 else e.id, []).append(e)
+        ordered = [sorted(group, key=lambda e: len(e.prompt)) for group in groups.values()]
+        chunks = [group[i : i + size] for group in ordered for i in range(0, len(group), size)]
+        for number, chunk in enumerate(chunks, start=place * TASK_BATCHES):
+            found.update({(e.task, e.id): number for e in chunk})
+    if len(found) != len(examples):
         key, count = Counter((e.task, e.id) for e in examples).most_common(1)[0]
         raise ValueError(f"the benchmark has {count} examples with task {key[0]!r} and id {key[1]!r}")
-    return numbered
+    return found
 
 
-def _prompt(benchmark: Any, tokenizer: Any, example: Any, batch: int) -> Prompt:
-    question = example.question + example.answer_prefix
+def _prompt(benchmark: Any, tokenizer: Any, example: Any, batch: int, window: int) -> Prompt:
+    rule = getattr(benchmark, "max_length", None) or benchmark.longest_prompt(window)
+    words = worded(tokenizer, example, rule, window)
     if benchmark.query_aware:
-        return Prompt(example, batch, encode(tokenizer, example.context + question), None)
-    follow_up = encode(tokenizer, question, start=False)
-    return Prompt(example, batch, encode(tokenizer, example.context), follow_up)
+        return Prompt(example, batch, _first(tokenizer, words.context + words.question), None, words.cut)
+    follow_up = encode(tokenizer, words.question, start=False)
+    return Prompt(example, batch, _first(tokenizer, words.context), follow_up, words.cut)
+
+
+def _first(tokenizer: Any, text: str) -> Tensor:
+    """Token ids of a text that begins a prompt; a start token that a template has written isn't doubled."""
+    start = getattr(tokenizer, "bos_token", None)
+    return encode(tokenizer, text, start=not (start and text.startswith(start)))
 
 
 def encode(tokenizer: Any, text: str, start: bool = True) -> Tensor:

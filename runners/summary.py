@@ -10,14 +10,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hcache.metrics import Tree, tree_ci, tree_mean, tree_size
 from hcache.records import Line
 
 
-def summarise(lines: Sequence[Line], requested: Mapping[str, Any]) -> dict[str, Any]:
+def summarise(
+    lines: Sequence[Line], requested: Mapping[str, Any], aggregates: Mapping[str, Tree] | None = None
+) -> dict[str, Any]:
     """The measured part of result.json, from finished lines in their canonical order (sums depend on it).
 
-    requested: the budget as asked for, `requested_fraction` and `requested_tokens`. `score` is left to the
-    caller, who knows the benchmark's own average. Raises ValueError for no lines.
+    requested: the budget as asked for, `requested_fraction` and `requested_tokens`. aggregates: the
+    benchmark's own averages as trees of scores. `score` is left to the caller, who knows which of them it is.
+    Raises ValueError for no lines.
     """
     if not lines:
         raise ValueError("no example was run: benchmark.limit and benchmark.tasks leave nothing to do")
@@ -31,6 +35,7 @@ def summarise(lines: Sequence[Line], requested: Mapping[str, Any]) -> dict[str, 
     }
     return {
         "tasks": {task: _task(lines, task) for task in dict.fromkeys(line["task"] for line in lines)},
+        "aggregates": {name: aggregate(tree) for name, tree in (aggregates or {}).items()},
         "budget": budget,
         "memory": memory,
         "latency": _latency(lines),
@@ -45,6 +50,12 @@ def _task(lines: Sequence[Line], task: str) -> dict[str, Any]:
     low, high = wilson(score, len(own))
     ci95 = [100 * low, 100 * high]
     return {"metric": own[0]["metric"], "score": 100 * score, "n": len(own), "ci95": ci95}
+
+
+def aggregate(tree: Tree) -> dict[str, Any]:
+    """An average of a benchmark, 0 to 100, with its bootstrap interval."""
+    low, high = tree_ci(tree, seed=0)
+    return {"score": 100 * tree_mean(tree), "n": tree_size(tree), "ci95": [100 * low, 100 * high]}
 
 
 def _memory(lines: Sequence[Line]) -> dict[str, Any]:
@@ -87,7 +98,7 @@ def _latency(lines: Sequence[Line]) -> dict[str, Any]:
 def _engine(lines: Sequence[Line]) -> dict[str, Any]:
     """How steps were run; `name` is mixed where a resumed or failed capture made it differ."""
     engines = [line["engine"] for line in lines if "engine" in line]
-    batches = {line["batch"]: line["warmup_ms"] for line in lines if "warmup_ms" in line}
+    batches = {_generation(line): line["warmup_ms"] for line in lines if "warmup_ms" in line}
     found: dict[str, Any] = {"warmup_ms": math.fsum(batches.values())}
     for key in ("name", "backend", "compile"):
         values = list(dict.fromkeys(engine[key] for engine in engines))
@@ -99,11 +110,16 @@ def _engine(lines: Sequence[Line]) -> dict[str, Any]:
 
 def _throughput(stepped: Sequence[Line]) -> float | None:
     """Decoded tokens per second; a batch decodes side by side and takes as long as its longest sequence."""
-    batch_ms: dict[int, float] = {}
+    batch_ms: dict[Any, float] = {}
     for line in stepped:
-        batch_ms[line["batch"]] = max(batch_ms.get(line["batch"], 0.0), line["decode_ms"])
+        batch_ms[_generation(line)] = max(batch_ms.get(_generation(line), 0.0), line["decode_ms"])
     total_ms = math.fsum(batch_ms.values())
     return 1000 * sum(line["decode_steps"] for line in stepped) / total_ms if total_ms else None
+
+
+def _generation(line: Line) -> tuple[int, str]:
+    """What decoded side by side: a batch, or the part of one that memory had room for."""
+    return line["batch"], line.get("halved", "")
 
 
 def mean(values: Sequence[float]) -> float:

@@ -26,8 +26,12 @@ from hcache.models import LoadedModel, load
 from hcache.records import Line
 from runners.config import RunConfig, budget_of
 from runners.prompts import Prompt, check_adjusted, check_lengths, encode, left_pad, prepare
+from runners.wording import has_template
 
 log = logging.getLogger(__name__)
+OWN_KEYS = {"task", "id", "metric", "prediction", "answers", "score", "batch", "memory", "cut", "halved"}
+"""Names in a line that no benchmark may give to what it keeps for rescoring."""
+
 _latest: dict[str, tuple[Any, Any]] = {}
 
 
@@ -62,25 +66,44 @@ class Worker:
         return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_name()} (CPU)"
 
     def notes(self) -> list[str]:
-        """What the method says a reader must know, at the shortest and the longest prompt."""
+        """What a reader must know: the method's notes at the shortest and the longest prompt, then others."""
         lengths = sorted({prompt.tokens for prompt in self.prompts})
         method, geometry = self._run.method, self._loaded.geometry
         found = [
             note for n in (lengths[0], lengths[-1]) for note in method.notes(geometry, self._budgets[n], n)
         ]
-        adjusted = sum(self._budgets[prompt.tokens] != self._budget for prompt in self.prompts)
-        if adjusted:
-            found.append(f"{adjusted} examples too short for the budget ran under the nearest feasible one")
-        return list(dict.fromkeys(found))
+        asks_chat = any(prompt.example.chat for prompt in self.prompts)
+        if asks_chat and not has_template(self._loaded.tokenizer):
+            found.append("plain prompts: the protocol asks for a chat template, the tokenizer has none")
+        return list(dict.fromkeys([*found, *self._run.benchmark.notes()]))
 
     def run(self, batch: Sequence[Prompt]) -> list[Line]:
         """Generate and score a batch, in its order; sequences under another budget run by themselves."""
         by_budget: dict[Budget, list[Prompt]] = {}
         for prompt in batch:
             by_budget.setdefault(self._budgets[prompt.tokens], []).append(prompt)
-        done = [line for budget, members in by_budget.items() for line in self._run_under(budget, members)]
+        done = [line for budget, members in by_budget.items() for line in self._run_halving(budget, members)]
         place = {prompt.key: i for i, prompt in enumerate(batch)}
         return sorted(done, key=lambda line: place[line["task"], line["id"]])
+
+    def _run_halving(self, budget: Budget, batch: Sequence[Prompt]) -> list[Line]:
+        """Run a batch, in halves where the device has too little memory for all of it.
+
+        Raises:
+            torch.OutOfMemoryError: one sequence alone doesn't fit.
+        """
+        try:
+            return self._run_under(budget, batch)
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise
+            log.warning("out of memory with %d sequences, going on with half: %s", len(batch), error)
+        self._latest_generator = None
+        gc.collect()
+        torch.cuda.empty_cache()
+        half = len(batch) // 2
+        parts = [self._run_halving(budget, part) for part in (batch[:half], batch[half:])]
+        return [{**line, "halved": str(i) + line.get("halved", "")} for i in (0, 1) for line in parts[i]]
 
     def _run_under(self, budget: Budget, batch: Sequence[Prompt]) -> list[Line]:
         started, clock = records.now(), time.perf_counter()
@@ -94,6 +117,7 @@ class Worker:
                 **measured(generation, b),
                 "batch": prompt.batch,
                 "adjusted_budget_tokens": adjusted,
+                "cut": prompt.cut,
                 "started": started,
                 "seconds": seconds,
             }
@@ -161,7 +185,7 @@ def rescoring(example: Any) -> dict[str, Any]:
     """What a benchmark put beside an example for rescoring, as JSON data under its own names."""
     extra = records.plain(dict(example.extra))
     json.dumps(extra, allow_nan=False)
-    taken = sorted(set(extra) & {"task", "id", "metric", "prediction", "answers", "score", "batch", "memory"})
+    taken = sorted(set(extra) & OWN_KEYS)
     if taken:
         raise ValueError(
             f"example {example.id} of {example.task}: extra names {', '.join(taken)} are the record's own"
@@ -212,9 +236,10 @@ def _prompts(run: RunConfig, loaded: LoadedModel) -> list[Prompt]:
     """The prompts of the latest cell if benchmark and batch size are the same; they fit the loaded model."""
     key = (run.benchmark, run.runtime.batch_size)
     if "prompts" not in _latest or _latest["prompts"][0] != key:
-        _latest["prompts"] = (key, prepare(run.benchmark, loaded.tokenizer, run.runtime.batch_size))
-    found: list[Prompt] = _latest["prompts"][1]
-    return found
+        found = prepare(run.benchmark, loaded.tokenizer, run.runtime.batch_size, loaded.context_tokens)
+        _latest["prompts"] = (key, found)
+    prompts: list[Prompt] = _latest["prompts"][1]
+    return prompts
 
 
 def _cpu_name() -> str:

@@ -181,13 +181,89 @@ def test_raised_limit_extends(unbroken: RunConfig, tmp_path: Path) -> None:
 def test_batches_come_from_the_full_list(checkpoint: Path, tmp_path: Path) -> None:
     tokenizer = work._loaded(cell(checkpoint, tmp_path)).tokenizer
     benchmark = cell(checkpoint, tmp_path, benchmark={"examples_per_task": 7}).benchmark
-    everything = {p.key: p.batch for p in prompts.prepare(benchmark, tokenizer, 3)}
+    everything = {p.key: p.batch for p in prompts.prepare(benchmark, tokenizer, 3, 9999)}
     for limit in (1, 2, 5, 7):
-        found = prompts.prepare(replace(benchmark, limit=limit), tokenizer, 3)
+        found = prompts.prepare(replace(benchmark, limit=limit), tokenizer, 3, 9999)
         assert len(found) == 2 * limit
         assert {p.key: p.batch for p in found}.items() <= everything.items()
         assert [p.batch for p in found] == sorted(p.batch for p in found)
-    assert max(everything.values()) == 5
+    assert len(set(everything.values())) == 6
+
+
+def test_numbers_of_batches_of_one_do_not_hang_on_the_limit(checkpoint: Path, tmp_path: Path) -> None:
+    """Or lines of two runs of a cell would claim to have been one batch."""
+    tokenizer = work._loaded(cell(checkpoint, tmp_path)).tokenizer
+    benchmark = cell(checkpoint, tmp_path, benchmark={"examples_per_task": 7}).benchmark
+    everything = {p.key: p.batch for p in prompts.prepare(benchmark, tokenizer, 1, 9999)}
+    assert len(set(everything.values())) == 14
+    for limit in (1, 5):
+        found = prompts.prepare(replace(benchmark, limit=limit), tokenizer, 1, 9999)
+        assert {p.key: p.batch for p in found}.items() <= everything.items()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("limit", [None, 5])
+def test_shards_hold_every_batch_once(
+    checkpoint: Path, tmp_path: Path, batch_size: int, limit: int | None
+) -> None:
+    tokenizer = work._loaded(cell(checkpoint, tmp_path)).tokenizer
+    benchmark = cell(checkpoint, tmp_path, benchmark={"examples_per_task": 7, "limit": limit}).benchmark
+    whole = [(p.key, p.batch) for p in prompts.prepare(benchmark, tokenizer, batch_size, 9999)]
+    parts = []
+    for shard in ("0/3", "1/3", "2/3"):
+        own = prompts.prepare(replace(benchmark, shard=shard), tokenizer, batch_size, 9999)
+        assert own
+        parts += [(p.key, p.batch) for p in own]
+    assert sorted(parts) == sorted(whole)
+
+
+@pytest.mark.parametrize("shard", ["3/3", "1", "a/b", "-1/2", "1/0"])
+def test_shards_that_can_not_be(checkpoint: Path, tmp_path: Path, shard: str) -> None:
+    with pytest.raises(ValueError, match=r"benchmark\.shard"):
+        cell(checkpoint, tmp_path, benchmark={"shard": shard})
+
+
+def test_a_shard_has_records_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
+    run = cell(checkpoint, tmp_path, batch_size=3, benchmark={"shard": "1/2"})
+    place = planned(run).directory
+    assert place.parts[-2:] == ("shards", "1of2")
+    assert place.parent.parent == planned(cell(checkpoint, tmp_path, batch_size=3)).directory
+    evaluated(run)
+    assert result_of(run)["config"]["benchmark"]["shard"] == "1/2"
+    assert 0 < len(lines_of(run)) < 6
+
+
+def test_a_batch_that_does_not_fit_runs_in_halves(
+    tmp_path: Path, unbroken: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same answers, and the record says so."""
+    original = work.Worker._run_under
+
+    def cramped(worker: Any, budget: Any, batch: Any) -> Any:
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(worker, budget, batch)
+
+    monkeypatch.setattr(work.Worker, "_run_under", cramped)
+    three = replace(unbroken.runtime, batch_size=3)
+    run = replace(unbroken, outputs=str(tmp_path), runtime=three)
+    result = evaluated(run)
+    expected = {(line["task"], line["id"]): line["prediction"] for line in lines_of(unbroken)}
+    assert {(line["task"], line["id"]): line["prediction"] for line in lines_of(run)} == expected
+    assert [line["halved"] for line in lines_of(run) if line["batch"] == 0] == ["0", "10", "11"]
+    assert any("too little memory" in note for note in result["notes"])
+
+
+def test_one_sequence_that_does_not_fit_fails_the_cell(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(worker: Any, budget: Any, batch: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(work.Worker, "_run_under", never)
+    outcome = evaluate.run(cell(checkpoint, tmp_path))
+    assert outcome.status == "failed"
+    assert "out of memory" in outcome.message
 
 
 def test_consecutive_cells_load_once(
@@ -221,7 +297,7 @@ def test_fullkv_has_one_cell_whatever_the_budget(checkpoint: Path, tmp_path: Pat
 def test_question_after_compression(checkpoint: Path, tmp_path: Path) -> None:
     run = cell(checkpoint, tmp_path, batch_size=3, benchmark={"query_aware": False})
     evaluated(run)
-    aware = prompts.prepare(replace(run.benchmark, query_aware=True), work._loaded(run).tokenizer, 3)
+    aware = prompts.prepare(replace(run.benchmark, query_aware=True), work._loaded(run).tokenizer, 3, 9999)
     whole = {p.key: p.tokens for p in aware}
     for line in lines_of(run):
         assert 0 < line["prompt_tokens"] < whole[line["task"], line["id"]]

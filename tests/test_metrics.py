@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from hcache.metrics import bootstrap_ci, exact_match, paired_bootstrap
+from hcache.metrics import bootstrap_ci, exact_match, paired_bootstrap, tree_ci, tree_mean, tree_size
 
 
 def test_exact_match_is_the_share_of_right_places() -> None:
@@ -107,3 +107,24 @@ def test_impossible_questions_are_refused(values: list[float], options: dict, me
 def test_pairs_need_the_same_examples() -> None:
     with pytest.raises(ValueError, match="got 2 and 1"):
         paired_bootstrap([1.0, 0.0], [1.0], seed=0)
+
+
+def test_a_trees_mean_is_that_of_its_means() -> None:
+    assert tree_mean([1.0, 0.0, 0.5]) == 0.5
+    assert tree_mean([[1.0, 1.0, 1.0], [0.0]]) == 0.5
+    assert tree_mean([[[1.0], [0.0, 0.0]], [[0.5]]]) == 0.5
+    assert tree_size([[[1.0], [0.0, 0.0]], [[0.5]]]) == 4
+    for empty in ([], [[1.0], []]):
+        with pytest.raises(ValueError, match="no score"):
+            tree_mean(empty)
+
+
+def test_a_trees_interval() -> None:
+    """One list is the plain bootstrap; a task of few examples widens the mean of tasks as it should."""
+    values = [float(i % 3 == 0) for i in range(40)]
+    assert tree_ci(values, seed=3) == bootstrap_ci(values, seed=3)
+    low, high = tree_ci([values, [1.0]], seed=0)
+    mean = tree_mean([values, [1.0]])
+    assert low < mean < high
+    plain_low, plain_high = bootstrap_ci(values, seed=0)
+    assert high - low == pytest.approx((plain_high - plain_low) / 2, rel=0.1)

@@ -6,22 +6,28 @@ run is the runner's business; nothing here knows a model or a method.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+from hcache.metrics import Tree, tree_mean
 from hcache.registry import Registry, unknown_name
 
-Tree = Sequence[Any]
-"""Scores of examples, or trees: its mean is that of its scores, or of its trees' means."""
-
-
-def tree_mean(tree: Tree) -> float:
-    """The mean of means of a tree. Raises ValueError for an empty one."""
-    return fmean(part if isinstance(part, int | float) else tree_mean(part) for part in tree)
+__all__ = [
+    "BENCHMARKS",
+    "Benchmark",
+    "Example",
+    "FileBenchmark",
+    "Shard",
+    "Tree",
+    "by_task",
+    "shard_of",
+    "tree_mean",
+]
 
 
 def by_task(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -68,6 +74,32 @@ class Example:
         return self.context + self.question + self.answer_prefix
 
 
+class Shard(NamedTuple):
+    """Part number `part` of `parts`, counted from 0."""
+
+    part: int
+    parts: int
+
+    def takes(self, place: int) -> bool:
+        """Whether the batch at this place is in it."""
+        return place % self.parts == self.part
+
+    @property
+    def label(self) -> str:
+        """As a name of a directory."""
+        return f"{self.part}of{self.parts}"
+
+
+def shard_of(text: str | None) -> Shard | None:
+    """The shard that "i/n" names. Raises ValueError."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise ValueError(f"benchmark.shard={text!r} must be i/n with 0 <= i < n, for example 0/4")
+    return Shard(int(found[1]), int(found[2]))
+
+
 @dataclass(frozen=True)
 class Benchmark(ABC):
     """Settings every benchmark has.
@@ -77,6 +109,7 @@ class Benchmark(ABC):
         limit: examples of each task; None for all.
         query_aware: whether the question is visible while the cache is compressed, or follows afterwards.
         protocol: named rules of prompting and post-processing.
+        shard: "i/n" runs every n-th batch from the i-th on, counted from 0; null runs all.
     """
 
     name: ClassVar[str] = ""
@@ -85,9 +118,11 @@ class Benchmark(ABC):
     limit: int | None = None
     query_aware: bool = True
     protocol: str = "plain"
+    shard: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
+        shard_of(self.shard)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"benchmark.limit={self.limit} must be at least 1, or null for every example")
 
