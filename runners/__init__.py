@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 RUNNERS = {
     "budget": "runners.budget",
     "evaluate": "runners.evaluate",
+    "fetch": "runners.fetch",
     "latency": "runners.latency",
+    "merge": "runners.merge",
     "profile": "runners.profile",
+    "score": "runners.score",
 }
 COMPARING = ("budget",)
 """Runners that take all cells of a command at once and show them in one table: they sweep without -m."""

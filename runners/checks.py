@@ -35,6 +35,13 @@ def check_run(run: RunConfig) -> PlannedCell | None:
     """
     _check_names(run)
     _check_tokenizer(run)
+    if run.runner.name == "score":
+        return None
+    if run.runner.name == "merge":
+        check_path(run.model)
+        plan = planned(run)
+        records.read_result(plan.directory)
+        return plan
     if run.runner.name not in ("evaluate", "latency"):
         check_path(run.model)
         return None

@@ -120,8 +120,8 @@ class RunConfig:
     """The root of the configuration: everything one cell needs. `method` and `benchmark` are library
     dataclasses.
 
-    `profile`, `budget_table` and `latency` hold the settings of runner=profile, runner=budget and
-    runner=latency, null for others.
+    `profile`, `budget_table`, `latency` and `score` hold the settings of runner=profile, runner=budget,
+    runner=latency and runner=score, null for others.
     """
 
     model: ModelSpec = field(default_factory=ModelSpec)
@@ -134,6 +134,7 @@ class RunConfig:
     profile: Any = None
     budget_table: Any = None
     latency: Any = None
+    score: Any = None
     plugins: list[str] = field(default_factory=list)
     outputs: str = "outputs"
     tag: str = "default"

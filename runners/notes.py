@@ -8,7 +8,7 @@ from hcache.records import Line
 
 
 def counted(lines: Sequence[Line]) -> list[str]:
-    """What a reader must know about these lines taken together: other budgets, cut prompts, halved batches."""
+    """Of these lines taken together: those under another budget, cut prompts, halved batches."""
     adjusted = sum(line["adjusted_budget_tokens"] is not None for line in lines)
     cut = sum(line.get("cut", False) for line in lines)
     halved = len({line["batch"] for line in lines if line.get("halved")})

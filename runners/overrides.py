@@ -29,7 +29,7 @@ _SECTIONS = {field.name: field for field in fields(RunConfig)}
 # Sections filled by a class of their own for each choice.
 _NAMED = ("method", "benchmark")
 # Sections with the settings of one runner, and its name.
-_OF_A_RUNNER = {"profile": "profile", "budget_table": "budget", "latency": "latency"}
+_OF_A_RUNNER = {"profile": "profile", "budget_table": "budget", "latency": "latency", "score": "score"}
 _GLOBAL_GROUPS = ("experiment", "debug", "launch", "local")
 
 

@@ -106,6 +106,9 @@ def batches(examples: Sequence[Any], size: int) -> dict[tuple[str, str], int]:
 
 def _prompt(benchmark: Any, tokenizer: Any, example: Any, batch: int, window: int) -> Prompt:
     rule = getattr(benchmark, "max_length", None) or benchmark.longest_prompt(window)
+    chat = getattr(benchmark, "chat", None)
+    if chat is not None:
+        example = dataclasses.replace(example, chat=chat)
     words = worded(tokenizer, example, rule, window)
     if benchmark.query_aware:
         return Prompt(example, batch, _first(tokenizer, words.context + words.question), None, words.cut)

@@ -205,7 +205,7 @@ def test_too_short_a_length_says_how_much_is_needed() -> None:
 
 
 def test_unknown_benchmarks_are_named() -> None:
-    with pytest.raises(ValueError, match=r"unknown benchmark 'longbench'.*retrieval"):
+    with pytest.raises(ValueError, match=r"unknown benchmark 'longbenhc'.*retrieval"):
         benchmarks.load("longbench")
 
 

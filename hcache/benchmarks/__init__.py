@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from hcache.benchmarks import infinitebench, lm_eval, longbench, longbench_v2, needle, ruler  # noqa: F401
 from hcache.benchmarks.base import BENCHMARKS, Benchmark, Example
 from hcache.benchmarks.retrieval import Retrieval
 from hcache.registry import unknown_name

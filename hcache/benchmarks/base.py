@@ -113,6 +113,8 @@ class Benchmark(ABC):
     """
 
     name: ClassVar[str] = ""
+    by_library: ClassVar[bool] = False
+    """Another library makes the prompts and the scores (runners.harness)."""
 
     tasks: tuple[str, ...] = ()
     limit: int | None = None
@@ -207,6 +209,7 @@ class FileBenchmark(Benchmark):
         revision: of the data on the Hub; null is the pinned one.
         skip_bad_rows: count broken rows and say so instead of stopping.
         max_length: tokens of a prompt, longer ones lose their middle; null leaves it to the protocol.
+        chat: prompts go into the model's chat template, all or none; null leaves it to the protocol.
     """
 
     data_dir: str | None = None
@@ -214,6 +217,7 @@ class FileBenchmark(Benchmark):
     revision: str | None = None
     skip_bad_rows: bool = False
     max_length: int | None = None
+    chat: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

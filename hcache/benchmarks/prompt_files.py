@@ -10,8 +10,6 @@ import ast
 import hashlib
 import json
 import os
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 from hcache.benchmarks.source import DataError
 
 CACHE = Path(os.environ.get("HCACHE_CACHE", "~/.cache/hcache")).expanduser()
+RAW = "https://raw.githubusercontent.com"
 _SECONDS = 30
 
 
@@ -71,11 +70,13 @@ class PromptFile:
         return content
 
     def _fetched(self) -> bytes:
-        url = f"https://raw.githubusercontent.com/{self.repository}/{self.commit}/{self.path}"
+        from urllib.request import urlopen  # takes a while to import
+
+        url = f"{RAW}/{self.repository}/{self.commit}/{self.path}"
         try:
-            with urllib.request.urlopen(url, timeout=_SECONDS) as answer:
+            with urlopen(url, timeout=_SECONDS) as answer:
                 content: bytes = answer.read()
-        except (urllib.error.URLError, OSError) as error:
+        except OSError as error:  # urllib's errors are of this kind
             raise DataError(
                 f"the prompts at {url} can't be fetched ({error}); run runner=fetch where there is a "
                 f"network, or set benchmark.prompt_dir to a checkout of github.com/{self.repository}"

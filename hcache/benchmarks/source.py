@@ -8,9 +8,9 @@ benchmark by name.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ class HubFiles:
 
     Args:
         repo: its id.
-        revision: a commit, so that a record's revision says what was read.
+        revision: a commit, whole or its first digits, or a branch.
     """
 
     repo: str
@@ -51,13 +51,35 @@ class HubFiles:
         from huggingface_hub import hf_hub_download
 
         try:
-            return Path(hf_hub_download(self.repo, filename, repo_type="dataset", revision=self.revision))
+            return Path(hf_hub_download(self.repo, filename, repo_type="dataset", revision=self.commit()))
         except (OSError, ValueError) as error:  # huggingface_hub's errors are of these kinds
             reason = " ".join(str(error).split())[:300]
             raise DataError(
                 f"{filename} of {self.repo} can't be downloaded ({type(error).__name__}: {reason}); run "
                 "runner=fetch where there is a network, or set benchmark.data_dir to where it lies"
             ) from error
+
+    def commit(self) -> str:
+        """The whole hash where the revision is the beginning of one: by the cache, else by the Hub.
+
+        Raises:
+            ValueError: the repository has no such commit.
+            OSError: the Hub can't be reached.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        if not re.fullmatch(r"[0-9a-f]{7,39}", self.revision):
+            return self.revision
+        snapshots = Path(HF_HUB_CACHE) / f"datasets--{self.repo.replace('/', '--')}" / "snapshots"
+        known = [path.name for path in snapshots.glob(f"{self.revision}*")]
+        known = known or [c.commit_id for c in HfApi().list_repo_commits(self.repo, repo_type="dataset")]
+        found = [commit for commit in known if commit.startswith(self.revision)]
+        if not found:
+            raise ValueError(
+                f"{self.repo} has no commit {self.revision}; set benchmark.revision to one it has"
+            )
+        return found[0]
 
 
 def local_file(benchmark: str, data_dir: str | None, names: Sequence[str]) -> Path | None:
@@ -107,27 +129,6 @@ class Rows:
                 self.bad(number, None, f"is a JSON {type(row).__name__}, not an object")
                 continue
             yield number, row
-
-    def array(self, file: IO[bytes]) -> Iterator[tuple[int, Row]]:
-        """(number from 1, object) of every entry of a file that is one JSON array.
-
-        Raises:
-            DataError: the file is something else, or cut short.
-            RowError: an entry that is no object.
-        """
-        try:
-            entries = json.load(io.TextIOWrapper(file, encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DataError(
-                f"{self.place} is no JSON file ({error}); it may be cut short: get it again"
-            ) from error
-        if not isinstance(entries, list):
-            raise DataError(f"{self.place} must hold one JSON array, it holds a {type(entries).__name__}")
-        for number, row in enumerate(entries, start=1):
-            if isinstance(row, dict):
-                yield number, row
-            else:
-                self.bad(number, None, f"is a JSON {type(row).__name__}, not an object")
 
     def bad(self, number: int, name: str | None, reason: str) -> None:
         """A broken row: raise, or count it where that was asked for.

@@ -1,0 +1,426 @@
+"""Needle heatmaps, one panel a method and budget: length across, depth down, the score as colour.
+
+`python -m analysis.heatmap outputs/<tag> --out docs/needle.png --table docs/needle.md` reads the lines of
+predictions.jsonl of every cell of the benchmark `needle`. A field without an example is a gap: grey and
+hatched, and not in any mean. The same records give the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from analysis.cells import Cell, by_label, commits, devices, listed, one_setting, read, unique
+from analysis.figure import SUFFIXES, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+BENCHMARK = "needle"
+Place = tuple[int, float]
+"""Length in tokens, depth in percent."""
+
+_NAN = float("nan")
+_COLOURS = "viridis"  # even in lightness: told apart by colour-blind eyes and in print
+_GAP = "0.88"
+_COLUMNS = 3
+_WIDTH, _DPI = 8.0, 150  # inches
+_LINE = 0.155  # inches of a line of small text
+_CHARACTERS = 140  # of a line of small text over the figure's width
+_TITLE = 36  # characters above which a panel's title is set smaller
+_NUMBER = (0.26, 0.13)  # inches that a number in a field needs, across and down
+_TICKS = 9  # as many lengths or depths are named
+_SETTINGS: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.0,
+    "axes.linewidth": 0.7,
+    "svg.hashsalt": "hcache",
+    "hatch.linewidth": 0.4,
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A cell's grid.
+
+    Args:
+        label: the method, with options where several were run.
+        cell: its record.
+        scores: means of a field's examples, 0 to 100; a field without any is missing.
+        counts: its examples.
+    """
+
+    label: str
+    cell: Cell
+    scores: dict[Place, float]
+    counts: dict[Place, int]
+
+    @property
+    def kept(self) -> str:
+        """The budget in words."""
+        return "everything kept" if self.cell.budget == "full" else f"{self.cell.kept} kept"
+
+    @property
+    def status(self) -> str:
+        """completed, or why there are no scores."""
+        needs = f", needs >= {self.cell.smallest}" if self.cell.smallest else ""
+        return f"{self.cell.result['status']}{needs}"
+
+    def mean(self, length: int | None = None, depth: float | None = None) -> float:
+        """Mean of the fields of a length, of a depth, or of all; NaN where there are none."""
+        chosen = [
+            score
+            for (own_length, own_depth), score in self.scores.items()
+            if length in (None, own_length) and depth in (None, own_depth)
+        ]
+        return fmean(chosen) if chosen else _NAN
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """Panels, and the lengths and depths that any of them has."""
+
+    panels: tuple[Panel, ...]
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+
+    @property
+    def done(self) -> list[Cell]:
+        """The completed cells."""
+        return [panel.cell for panel in self.panels if panel.cell.completed]
+
+    @property
+    def metric(self) -> str:
+        """Name of the score."""
+        return str(self.done[0].result["config"]["benchmark"]["metric"])
+
+    @property
+    def counts(self) -> str:
+        """Examples of a field: `4`, or `1 to 4`."""
+        found = sorted({count for panel in self.panels for count in panel.counts.values()})
+        return " to ".join(dict.fromkeys((str(found[0]), str(found[-1]))))
+
+
+def collect(cells: Sequence[Cell]) -> Heatmap:
+    """The grids of all cells of the benchmark; cells of others are named on stderr.
+
+    Raises:
+        ValueError: no such cell, none completed, cells of different settings, or lines without a depth.
+    """
+    needles = [cell for cell in cells if cell.result["cell"]["benchmark"] == BENCHMARK]
+    others = [cell for cell in cells if cell not in needles]
+    if not needles:
+        there = ", ".join(sorted({str(cell.result["cell"]["benchmark"]) for cell in others}))
+        raise ValueError(
+            f"no cell of benchmark {BENCHMARK} among the records (there are: {there}); run one with "
+            f"benchmark={BENCHMARK}, or give its outputs/<tag>"
+        )
+    for cell in others:
+        name = cell.result["cell"]["benchmark"]
+        print(f"left out: {cell.directory} is of benchmark {name}", file=sys.stderr)
+    if not any(cell.completed for cell in needles):
+        raise ValueError("no completed cell among the records: there is nothing to draw")
+    one_setting(needles)
+    panels = tuple(
+        _panel(label, cell) for label, group in by_label(unique(needles)).items() for cell in group
+    )
+    places = {place for panel in panels for place in panel.scores}
+    lengths, depths = ({place[axis] for place in places} for axis in (0, 1))
+    return Heatmap(panels, tuple(int(length) for length in sorted(lengths)), tuple(sorted(depths)))
+
+
+def _panel(label: str, cell: Cell) -> Panel:
+    fields: dict[Place, list[float]] = {}
+    for number, line in enumerate(cell.lines() if cell.completed else [], start=1):
+        if not {"length", "depth", "score"} <= line.keys():
+            raise ValueError(
+                f"{cell.directory} line {number} of its predictions has no length, depth or score; move the "
+                "directory away and run its cell again"
+            )
+        fields.setdefault((line["length"], float(line["depth"])), []).append(100 * line["score"])
+    scores = {place: fmean(found) for place, found in fields.items()}
+    return Panel(label, cell, scores, {place: len(found) for place, found in fields.items()})
+
+
+# --- the figure
+
+
+def draw(heatmap: Heatmap) -> Figure:
+    """A panel for each method and budget, one scale of colours from 0 to 100. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    panels = heatmap.panels
+    columns = min(len(panels), _COLUMNS)
+    rows = -(-len(panels) // columns)
+    below = textwrap.wrap(_below(heatmap), _CHARACTERS)
+    across = (_WIDTH - 1.35) / columns - 0.15  # inches of a panel
+    down = min(2.6, max(1.3, 0.2 * len(heatmap.depths)))
+    bottom = 0.62 + _LINE * (len(below) + 0.5)
+    height = rows * (down + 0.5) + bottom - 0.1
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    figure.subplots_adjust(
+        left=0.6 / _WIDTH,
+        right=1 - 0.75 / _WIDTH,
+        top=1 - 0.3 / height,
+        bottom=bottom / height,
+        wspace=0.15 / across,
+        hspace=0.5 / down,
+    )
+    fits = across / len(heatmap.lengths) >= _NUMBER[0] and down / len(heatmap.depths) >= _NUMBER[1]
+    axes = list(grid.flat)
+    for axis, panel in zip(axes, panels, strict=False):
+        _field(axis, panel, heatmap, fits)
+    _axes(axes[: len(panels)], heatmap, columns)
+    for spare in axes[len(panels) :]:
+        spare.remove()
+    _scale(figure, height, bottom)
+    figure.text(
+        0.6 / _WIDTH, 0.06 / height, "\n".join(below), fontsize=6.8, color="0.3", va="bottom", linespacing=1.4
+    )
+    return figure
+
+
+def _colours() -> Colormap:
+    from matplotlib import colormaps
+
+    return colormaps[_COLOURS]
+
+
+def _field(axis: Axes, panel: Panel, heatmap: Heatmap, fits: bool) -> None:
+    scores = [
+        [panel.scores.get((length, depth), _NAN) for length in heatmap.lengths] for depth in heatmap.depths
+    ]
+    whole = (-0.5, len(heatmap.lengths) - 0.5, len(heatmap.depths) - 0.5, -0.5)
+    axis.axhspan(whole[2], whole[3], facecolor=_GAP, edgecolor="0.6", hatch="////", linewidth=0, zorder=0)
+    axis.imshow(
+        scores, cmap=_colours(), vmin=0, vmax=100, aspect="auto", interpolation="nearest", extent=whole
+    )
+    axis.set_xlim(whole[0], whole[1])
+    axis.set_ylim(whole[2], whole[3])
+    mean = panel.mean()
+    said = f": {mean:.1f}" if mean == mean else ""
+    title = f"{panel.label}, {panel.kept}{said}"
+    axis.set_title(title, fontsize=8.5 if len(title) <= _TITLE else 6.5, loc="left")
+    if not panel.cell.completed:
+        axis.text(0.5, 0.5, panel.status, transform=axis.transAxes, ha="center", va="center", fontsize=8)
+    if fits:
+        _numbers(axis, scores)
+
+
+def _numbers(axis: Axes, scores: Sequence[Sequence[float]]) -> None:
+    for y, row in enumerate(scores):
+        for x, score in enumerate(row):
+            if score == score:
+                red, green, blue, _ = _colours()(score / 100)
+                dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+                colour = "white" if dark else "black"
+                axis.text(x, y, f"{score:.0f}", ha="center", va="center", fontsize=6.5, color=colour)
+
+
+def _axes(axes: Sequence[Axes], heatmap: Heatmap, columns: int) -> None:
+    """Ticks: lengths below the last panel of a column, depths beside the first of a row."""
+    xs, ys = _ticks(len(heatmap.lengths)), _ticks(len(heatmap.depths))
+    for number, axis in enumerate(axes):
+        axis.tick_params(length=2)
+        axis.set_xticks(xs, [_tokens(heatmap.lengths[x]) for x in xs])
+        first = number % columns == 0
+        axis.set_yticks(ys, [f"{heatmap.depths[y]:g}" if first else "" for y in ys])
+        if first:
+            axis.set_ylabel("depth, percent")
+        if number + columns >= len(axes):
+            axis.set_xlabel("length, tokens")
+
+
+def _ticks(count: int) -> list[int]:
+    """At most `_TICKS` evenly spread places of `count`, the first among them."""
+    return list(range(0, count, -(-count // _TICKS)))
+
+
+def _scale(figure: Figure, height: float, bottom: float) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    place = (1 - 0.6 / _WIDTH, bottom / height, 0.12 / _WIDTH, 1 - (bottom + 0.3) / height)
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 100), _colours()), cax=figure.add_axes(place))
+    bar.set_label("score", labelpad=1)
+    bar.outline.set_linewidth(0.5)
+
+
+def _tokens(count: int) -> str:
+    """32K for 32768."""
+    return f"{count // 1024}K" if count % 1024 == 0 else str(count)
+
+
+def _below(heatmap: Heatmap) -> str:
+    """Under the figure: what is shown, and where it was measured."""
+    model = heatmap.done[0].result["cell"]["model"]
+    gaps = " Hatched fields have no example." if _has_gaps(heatmap) else ""
+    return (
+        f"{model} on {BENCHMARK}, {heatmap.metric}, n = {heatmap.counts} a field; "
+        f"{listed(devices(heatmap.done))}; commit {listed(commits(heatmap.done))}. Beside the method: the "
+        f"mean of its fields.{gaps}"
+    )
+
+
+def _has_gaps(heatmap: Heatmap) -> bool:
+    fields = len(heatmap.lengths) * len(heatmap.depths)
+    return any(len(panel.scores) < fields for panel in heatmap.panels)
+
+
+# --- the tables
+
+
+def markdown(heatmap: Heatmap) -> str:
+    """Means of each method overall, by length and by depth; then every grid; then notes."""
+    lengths = [f"{length} tokens" for length in heatmap.lengths]
+    depths = [f"{depth:g}%" for depth in heatmap.depths]
+    by_length = [
+        [*_named(panel), _shown(panel.mean()), *(_of_length(panel, length) for length in heatmap.lengths)]
+        for panel in heatmap.panels
+    ]
+    by_depth = [
+        [*_named(panel), *(_shown(panel.mean(depth=depth)) for depth in heatmap.depths)]
+        for panel in heatmap.panels
+    ]
+    parts = [
+        _heading(heatmap),
+        "## By length\n\n" + _table(["method", "kept", "all", *lengths], by_length),
+        "## By depth\n\n" + _table(["method", "kept", *depths], by_depth),
+        *(_grid(panel, heatmap) for panel in heatmap.panels if panel.scores),
+        _notes(heatmap),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _heading(heatmap: Heatmap) -> str:
+    first, settings = heatmap.done[0], heatmap.done[0].result["config"]["benchmark"]
+    versions = ", ".join(
+        f"{name} {version}" for name, version in first.result["provenance"]["versions"].items()
+    )
+    days = sorted({str(cell.result["provenance"]["started"])[:10] for cell in heatmap.done})
+    aware = "with the question known" if settings["query_aware"] else "before the question is known"
+    return "\n".join(
+        [
+            f"# Needle in a haystack, {first.result['cell']['model']}",
+            "",
+            f"- Date: {listed(days)}. Commit: {listed(commits(heatmap.done))}. Device: "
+            f"{listed(devices(heatmap.done))}. Versions: {versions}.",
+            f"- Score: {heatmap.metric}, 0 to 100; {heatmap.counts} examples a field. Compressed {aware}.",
+            f"- Needle: `{_line(settings['needle'])}`. Question: `{_line(settings['question'])}`. Haystack: "
+            f"{settings['haystack'] or 'generated prose'}.",
+            "- A mean is that of its fields, all alike; in brackets the 95% interval of the record.",
+        ]
+    )
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _named(panel: Panel) -> list[str]:
+    return [panel.label, panel.cell.kept]
+
+
+def _of_length(panel: Panel, length: int) -> str:
+    """The mean and, where the record has one of the same mean, its interval."""
+    mean = panel.mean(length=length)
+    task = panel.cell.result.get("tasks", {}).get(f"{BENCHMARK}_{length}")
+    if mean != mean or task is None or abs(task["score"] - mean) > 1e-6:
+        return _shown(mean)
+    low, high = task["ci95"]
+    return f"{_shown(mean)} [{_shown(low)}, {_shown(high)}]"
+
+
+def _grid(panel: Panel, heatmap: Heatmap) -> str:
+    rows = [
+        [f"{depth:g}%", *(_shown(panel.scores.get((length, depth), _NAN)) for length in heatmap.lengths)]
+        for depth in heatmap.depths
+    ]
+    header = ["depth", *(str(length) for length in heatmap.lengths)]
+    return f"## {panel.label}, {panel.kept}\n\n{_table(header, rows)}"
+
+
+def _notes(heatmap: Heatmap) -> str:
+    """Gaps, and what records say must be known; each once."""
+    notes = dict.fromkeys(_said(heatmap))
+    return "## Notes\n\n" + "\n".join(f"- {note}" for note in notes) if notes else ""
+
+
+def _said(heatmap: Heatmap) -> Iterator[str]:
+    fields = len(heatmap.lengths) * len(heatmap.depths)
+    for panel in heatmap.panels:
+        name = f"{panel.label}, {panel.kept}"
+        if not panel.cell.completed:
+            yield f"{name}: {panel.status}"
+        elif len(panel.scores) < fields:
+            yield f"{name}: {fields - len(panel.scores)} of {fields} fields have no example (`-`)"
+        for note in panel.cell.result.get("notes", []):
+            yield f"{name}: {note}"
+
+
+def _shown(number: float) -> str:
+    return f"{number:.1f}".removesuffix(".0") if number == number else "-"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+# --- the command line
+
+
+def _drawn(heatmap: Heatmap, out: Path) -> None:
+    """Draw and write with our settings alone, whatever the user's matplotlibrc says."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        save(draw(heatmap), out)
+
+
+def _check(out: Path) -> None:
+    if out.suffix not in SUFFIXES:
+        raise ValueError(f"--out {out}: the suffix must be one of {', '.join(SUFFIXES)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("figures need matplotlib, which is not installed: pip install 'hcache[analysis]'")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.heatmap", description=__doc__)
+    parser.add_argument("directories", type=Path, nargs="+", help="outputs/<tag> of runs of the needle")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the figure: a png, pdf or svg file")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="the tables; default: print them")
+    asked = parser.parse_args(arguments)
+    try:
+        if asked.out is not None:
+            _check(asked.out)
+        heatmap = collect(read(asked.directories))
+        if asked.out is not None:
+            _drawn(heatmap, asked.out)
+        text = markdown(heatmap)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if asked.table is None:
+        print(text, end="")
+    else:
+        asked.table.parent.mkdir(parents=True, exist_ok=True)
+        asked.table.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
