@@ -43,7 +43,8 @@ def finished(directory: Path) -> Iterator[Finished]:
     for cell in completed(read([directory])):
         scores: dict[str, dict[str, float]] = {}
         for line in cell.lines():
-            scores.setdefault(line["task"], {})[line["id"]] = line["score"]
+            if line["score"] is not None:  # a metric of whole tasks has no score of one example
+                scores.setdefault(line["task"], {})[line["id"]] = line["score"]
         yield Finished(cell.result["cell"], setting(cell.result["config"]), scores)
 
 

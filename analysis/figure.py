@@ -145,7 +145,9 @@ def _point(cell: Cell, task: str, x: str) -> Point:
     entry = cell.result if task == TOGETHER else cell.result.get("tasks", {}).get(task)
     if not cell.completed or entry is None:
         return Point(cell.kept, _NAN, _NAN, _NAN, _NAN)
-    low, high = (_NAN, _NAN) if task == TOGETHER else entry["ci95"]
+    if entry["score"] is None:
+        return Point(cell.kept, _NAN, _NAN, _NAN, _NAN)
+    low, high = (None if task == TOGETHER else entry["ci95"]) or (_NAN, _NAN)
     place = cell.result["budget"][f"{x}_fraction"]
     if not place or place <= 0:
         raise ValueError(f"{cell.directory}: {x}_fraction={place} can't be drawn; choose another --x")

@@ -95,6 +95,8 @@ def _task_column(task: str, first: bool) -> Column:
         found = cell.result["tasks"].get(task)
         if not found:
             return "-"
+        if found["score"] is None or found["ci95"] is None:
+            return "-" if found["score"] is None else _short(found["score"])
         low, high = (_short(bound) for bound in found["ci95"])
         return f"{_short(found['score'])} [{low}, {high}]"
 

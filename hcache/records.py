@@ -32,7 +32,7 @@ _REQUIRED = ("schema", "status", "cell", "config", "config_hash", "provenance")
 # What the hash covers of a configuration, and what it leaves out there: where things lie and how many
 # examples.
 _RUNTIME_IDENTITY = ("batch_size", "seed", "compile", "temperature", "top_p")
-_NOT_IDENTITY = ("limit", "shard", "path", "profile")
+_NOT_IDENTITY = ("limit", "shard", "path", "profile", "haystack")
 _PATH_SUFFIXES = ("_dir", "_path", "_file")
 
 log = logging.getLogger(__name__)

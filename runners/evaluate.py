@@ -60,6 +60,11 @@ def is_done(result: Result, limit: int | None) -> bool:
 
 def _evaluate(plan: PlannedCell, stop: StopSignal) -> None:
     stop.check()
+    if plan.run.benchmark.by_library:
+        from runners.harness import evaluate_plan  # imports this module
+
+        evaluate_plan(plan, stop)
+        return
     known_infeasible(plan.run)
     worker = Worker(plan.run)
     predictions = Predictions(plan.directory)

@@ -101,6 +101,10 @@ def _task_column(task: str) -> Column:
         found = result.get("tasks", {}).get(task)
         if not found:
             return "-"
+        if found["score"] is None:
+            return "-"
+        if found["ci95"] is None:
+            return f"{found['score']:.1f}"
         low, high = found["ci95"]
         return f"{found['score']:.1f} [{low:.0f}-{high:.0f}]"
 

@@ -206,7 +206,7 @@ def test_too_short_a_length_says_how_much_is_needed() -> None:
 
 def test_unknown_benchmarks_are_named() -> None:
     with pytest.raises(ValueError, match=r"unknown benchmark 'longbenhc'.*retrieval"):
-        benchmarks.load("longbench")
+        benchmarks.load("longbenhc")
 
 
 def test_it_is_registered_and_frozen() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hcache.benchmarks.base import BENCHMARKS, Benchmark, Example
 from hcache.records import content_digest, text_digest
@@ -40,6 +40,8 @@ class LmEval(Benchmark):
         metadata: JSON object for tasks that make their data when they run, {"max_seq_lengths": [4096]}.
         confirm_run_unsafe_code: run tasks whose scoring runs the model's code on this machine.
     """
+
+    by_library: ClassVar[bool] = True
 
     num_fewshot: int | None = None
     fewshot_seed: int = FEWSHOT_SEED

@@ -144,7 +144,7 @@ class Essays:
         """Of the first `size` words. Samples mostly share a size, so the last result is kept."""
         if self._last[0] != size:
             whole, rest = divmod(size, len(self._words))
-            text = " ".join([*self._words * whole, *self._words[:rest]])
+            text = " ".join([*list(self._words) * whole, *self._words[:rest]])
             self._last = size, self._split(text)
         return self._last[1]
 
