@@ -53,8 +53,8 @@ def check_run(run: RunConfig) -> PlannedCell | None:
     else:
         with suppress(InfeasibleBudget):  # a result, not a mistake: the cell will say so in its record
             known_infeasible(run)
-    if run.benchmark.by_library:
-        run.benchmark.check()
+        if run.benchmark.by_library:
+            run.benchmark.check()
     plan = planned(run)
     records.read_result(plan.directory)
     return plan

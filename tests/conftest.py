@@ -1,6 +1,16 @@
 """Settings of all of the tests."""
 
+import sys
+
 import torch
 
 # Tensors are tiny: threads would spend their time waiting for each other, most of all beside other work.
 torch.set_num_threads(1)
+
+# rouge_score brings absl, whose log handler closes what stderr was when it was imported: that of a test.
+try:
+    from absl import logging as absl_logging
+
+    absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
+except ImportError:
+    pass
