@@ -15,7 +15,7 @@ The same command resumes.
   python run.py -m 'method=glob(*)' budget.kept_fraction=0.1,0.25  a sweep, with one table at the end
   python run.py model=hf model.path=/models/mine                   any transformers decoder
   python run.py runner=profile model=qwen25_7b                     head roles for heterocache, once a model
-  python run.py runner=fetch benchmark=longbench                   data and prompts ahead, for machines offline
+  python run.py runner=fetch benchmark=longbench                   data and prompts ahead, for use offline
   python run.py runner=budget 'method=glob(*)' budget=f10,f25      what each would keep, planned; runs nothing
   python run.py --cfg job                                          the composed configuration
 
