@@ -1,9 +1,8 @@
 """Micro-benchmark of the kernels on the CUDA device at hand, beside torch's own and the device's ceiling.
 
-    python -m runners.kernels [--tune] [--out FILE]
+    python -m runners.kernels [--only PART ...] [--tune] [--out FILE]
 
-Calls are captured in a CUDA graph, so that the host's own time is left out, and rotate through buffers of
-several times the L2 cache. `--tune` tries tunings of the decode kernel and prints the best for each layout.
+`--tune` tries tunings of the decode kernel and prints the best for each layout; `--only` names parts.
 
 Shapes: B sequences, H KV heads, G query heads of one, D head dim, S = B*H segments, X scans.
 """
@@ -13,7 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,68 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-HEADS, GROUP, DIM = 8, 4, 128
-"""Of a layer of Llama-3.1-8B; keys and values are bfloat16."""
-
-CACHES = 4
-"""Buffers that the calls rotate through hold at least so many times the L2 cache."""
-
-REPLAYS = 20
-
-Call = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One line of the table: microseconds a call over the replays, and the bytes that a call has to move."""
-
-    what: str
-    shape: str
-    us: float
-    us_p10: float
-    us_p90: float
-    nbytes: int
-
-    @property
-    def rate(self) -> str:
-        return f"{self.nbytes / self.us * 1e-6:6.3f}" if self.nbytes else "     -"
-
-    def line(self) -> str:
-        spread = f"{self.us_p10:.1f} to {self.us_p90:.1f}"
-        return f"{self.what:<30} {self.shape:<34} {self.us:9.1f}  {spread:>20}  {self.rate}"
-
-
-def measure(what: str, shape: str, nbytes: int, calls: Sequence[Call], least: int = 32) -> Timing:
-    """Time the calls in turn, at least `least` of them in one graph, REPLAYS times."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    turns = list(calls) * -(-least // len(calls))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in turns:
-            call()
-    for _ in range(3):
-        graph.replay()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        graph.replay()
-        mark.record()
-    torch.cuda.synchronize()
-    us = torch.tensor([a.elapsed_time(b) for a, b in itertools.pairwise(marks)]) * 1e3 / len(turns)
-    low, middle, high = us.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
-    return Timing(what, shape, middle, low, high, nbytes)
-
-
-def copies(nbytes: int) -> int:
-    """Buffers of this size that hold CACHES times the L2 cache."""
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(1, -(-CACHES * cache // nbytes))
-
-
-def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(*shape, dtype=dtype, device="cuda")
+from runners import kernel_layers
+from runners.kernel_timing import DIM, GROUP, HEADS, Timing, copies, measure, random
 
 
 @dataclass(frozen=True)
@@ -283,10 +222,24 @@ def tune(best: int = 4) -> list[tuple[Timing, tuple[int, ...]]]:
     return found
 
 
+PARTS: dict[str, Callable[[], Iterable[Timing]]] = {
+    "ceiling": lambda: [ceiling()],
+    "attention": attention,
+    "rows": row_copies,
+    "quest": pages_of_quest,
+    "pages": paged,
+    "append": appends,
+    "products": kernel_layers.products,
+    "layers": kernel_layers.chains,
+    "fetch": kernel_layers.fetches,
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print one table, and write it as JSON where that is asked for."""
     parser = argparse.ArgumentParser(prog="python -m runners.kernels", description=__doc__.split("\n")[0])
     parser.add_argument("--tune", action="store_true", help="try tunings of the decode kernel")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
     parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -297,8 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.cuda.get_device_name()
     print(f"{device}, {versions}\n{'':<65} {'us':>9}  {'p10 to p90':>20}    TB/s")
     timings = []
-    for part in (lambda: [ceiling()], attention, row_copies, pages_of_quest, paged, appends):
-        for timing in part():
+    for name in options.only:
+        for timing in PARTS[name]():
             print(timing.line(), flush=True)
             timings.append(timing)
     tuned = tune() if options.tune else []

@@ -14,11 +14,16 @@ CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization";
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+
+_broken = False
+"""Inside `unchained`."""
 
 
 def chained(device: torch.device) -> dict[str, bool]:
@@ -26,8 +31,19 @@ def chained(device: torch.device) -> dict[str, bool]:
 
     False where the device can't do it.
     """
-    able = _able(device)
+    able = _able(device) and not _broken
     return {"chain": able, "launch_pdl": able}
+
+
+@contextmanager
+def unchained() -> Iterator[None]:
+    """Launches in here wait for the kernel before them to end: to measure what a chain is worth."""
+    global _broken
+    before, _broken = _broken, True
+    try:
+        yield
+    finally:
+        _broken = before
 
 
 @cache
