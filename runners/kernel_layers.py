@@ -176,6 +176,8 @@ class Fetch:
     host: list[Tensor]
     targets: list[Tensor]
     lists: list[Tensor]
+    counts: Tensor
+    first: Tensor
 
     @classmethod
     def make(cls) -> Fetch:
@@ -185,7 +187,9 @@ class Fetch:
             torch.randperm(WAITING_ROWS, device="cuda")[:FETCHED_ROWS].sort().values
             for _ in range(FETCHED_LAYERS)
         )
-        return cls(host, targets, [rows.int().unsqueeze(0) for rows in picked])
+        lists = [rows.int().unsqueeze(0) for rows in picked]
+        counts = torch.full((1,), FETCHED_ROWS, device="cuda")
+        return cls(host, targets, lists, counts, torch.zeros_like(counts))
 
     @property
     def nbytes(self) -> int:
@@ -197,19 +201,17 @@ class Fetch:
         from hcache.cache.lane import lane_of
         from hcache.kernels.rows import copy_lists
 
-        counts = torch.full((1,), FETCHED_ROWS, device="cuda")
-        first = torch.zeros_like(counts)
         pairs = list(zip(self.host, self.targets, strict=True))
         for layer, listed in enumerate(self.lists):
-            with lane_of(counts.device, f"layers{layer % beside}").beside():
-                copy_lists(pairs, counts, listed, source_first_Q=first, programs=programs)
+            with lane_of(self.first.device, f"layers{layer % beside}").beside():
+                copy_lists(pairs, self.counts, listed, source_first_Q=self.first, programs=programs)
 
     def join(self, beside: int) -> None:
         """What follows begins when everything is there."""
         from hcache.cache.lane import lane_of
 
         for lane in range(beside):
-            lane_of(self.targets[0].device, f"layers{lane}").join()
+            lane_of(self.first.device, f"layers{lane}").join()
 
 
 def fetches(tokens: int = 56 * 1024) -> Iterator[Timing]:

@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hcache.kernels.carveout import beside
-
 BLOCK = 32
 """N. With 64 programs, 512 KiB of 256-byte rows are in flight: several times what PCIe needs."""
 
@@ -78,7 +76,7 @@ def copy_lists(
         return
     (source, target), (more, there) = pairs[0], pairs[-1]
     dim, more_dim = source.shape[1], more.shape[1]
-    kernel = _copy_lists[(min(programs, triton.cdiv(lists * room, BLOCK)),)](
+    _copy_lists[(min(programs, triton.cdiv(lists * room, BLOCK)),)](
         source, target, more, there, counts_Q, listed_QK,
         counts_Q if source_first_Q is None else source_first_Q,
         counts_Q if target_first_Q is None else target_first_Q,
@@ -88,7 +86,6 @@ def copy_lists(
         look_up, source_first_Q is not None, target_first_Q is not None, count is not None, BLOCK,
         num_warps=4,
     )  # fmt: skip
-    beside(kernel)
 
 
 @triton.jit
@@ -120,54 +117,24 @@ def _copy_lists(  # type: ignore[no-untyped-def]
     more_pad: tl.constexpr, look_up: tl.constexpr, sourced: tl.constexpr, targeted: tl.constexpr,
     counted: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Program p copies blocks p, p + P, p + 2P, ... of all lists' rows, one list behind the other.
-
-    Where the next block's rows are is looked up while this one's are on their way.
-    """
+    """Program p copies blocks p, p + P, p + 2P, ... of all lists' rows, one list behind the other."""
     q = tl.arange(0, lists_pad)
     each = tl.load(counts + q, mask=q < lists, other=0).to(tl.int32)
     ends = tl.cumsum(each, 0)
     total = tl.sum(each, 0)
     if counted:
         tl.atomic_add(count, total.to(tl.int64), mask=(tl.program_id(0) == 0) & (total > 0))
-    begin, step = tl.program_id(0) * block, tl.num_programs(0) * block
-    row, slot, live = _place(
-        begin, each, ends, total, listed, source_first, target_first, lists, room,
-        look_up, sourced, targeted, block,
-    )  # fmt: skip
-    d, e = tl.arange(0, dim_pad), tl.arange(0, more_pad)
-    for start in range(begin, total, step):
-        mask = live[:, None] & (d < dim)[None, :]
-        tile = tl.load(source + row[:, None] * dim + d[None, :], mask=mask)
-        if more_dim > 0:
-            more_mask = live[:, None] & (e < more_dim)[None, :]
-            more_tile = tl.load(more + row[:, None] * more_dim + e[None, :], mask=more_mask)
-        row, next_slot, live = _place(
-            start + step, each, ends, total, listed, source_first, target_first, lists, room,
-            look_up, sourced, targeted, block,
-        )  # fmt: skip
-        tl.store(target + slot[:, None] * dim + d[None, :], tile, mask=mask)
-        if more_dim > 0:
-            tl.store(there + slot[:, None] * more_dim + e[None, :], more_tile, mask=more_mask)
-        slot = next_slot
-
-
-@triton.jit
-def _place(  # type: ignore[no-untyped-def]
-    start, each, ends, total, listed, source_first, target_first, lists, room,
-    look_up: tl.constexpr, sourced: tl.constexpr, targeted: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
-    """Rows and slots of one block, and which of them are there."""
-    i = start + tl.arange(0, block)
-    live = i < total
-    behind = ends[None, :] <= i[:, None]
-    of = tl.minimum(tl.sum(behind.to(tl.int32), 1), lists - 1)
-    place = tl.where(live, i - tl.sum(tl.where(behind, each[None, :], 0), 1), 0).to(tl.int64)
-    at = of.to(tl.int64) * room
-    row = at if not sourced else tl.load(source_first + of)
-    row += tl.load(listed + at + place, mask=live, other=0) if look_up else place
-    slot = place + (at if not targeted else tl.load(target_first + of))
-    return row, slot, live
+    for start in range(tl.program_id(0) * block, total, tl.num_programs(0) * block):
+        i = start + tl.arange(0, block)
+        live = i < total
+        behind = ends[None, :] <= i[:, None]
+        of = tl.minimum(tl.sum(behind.to(tl.int32), 1), lists - 1)
+        place = tl.where(live, i - tl.sum(tl.where(behind, each[None, :], 0), 1), 0).to(tl.int64)
+        at = of.to(tl.int64) * room
+        row = at if not sourced else tl.load(source_first + of)
+        row += tl.load(listed + at + place, mask=live, other=0) if look_up else place
+        slot = place + (at if not targeted else tl.load(target_first + of))
+        _copy_block(source, target, more, there, row, slot, live, dim, dim_pad, more_dim, more_pad)
 
 
 @triton.jit
