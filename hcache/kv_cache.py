@@ -163,13 +163,16 @@ class KVCache(Cache):
             raise ValueError("this KVCache has a prompt already; make a new one")
         self._make_states([prompt_tokens] * batch)
         self._itemsize = dtype.itemsize
-        dim = self.geometry.head_dim
+        kind: dict[str, Any] = {"dtype": dtype, "device": device}
+        query_heads, kv_heads = (
+            (batch, heads, prompt_tokens, self.geometry.head_dim)
+            for heads in (self.geometry.query_heads, self.geometry.kv_heads)
+        )
+        # One buffer of queries for all layers: pieces of freed ones would be taken for what is kept.
+        q = torch.empty(query_heads, **kind)
         for state, length in zip(self.states, self._lengths, strict=True):
-            q, k, v = (
-                torch.randn(batch, heads, prompt_tokens, dim, dtype=dtype, device=device)
-                for heads in (self.geometry.query_heads, self.geometry.kv_heads, self.geometry.kv_heads)
-            )
-            state.prefill(q, k, v, None)
+            k, v = torch.randn(kv_heads, **kind), torch.randn(kv_heads, **kind)
+            state.prefill(q.normal_(), k, v, None)
             if not state.pending:
                 state.room.adopt(state)
             length.seen = prompt_tokens

@@ -26,10 +26,10 @@ from runners.timing import (
     begin_peak,
     call_times,
     is_out_of_memory,
-    median_of,
     peak_bytes,
     spread_of,
     synchronize,
+    tokens_per_s,
 )
 
 log = logging.getLogger(__name__)
@@ -120,13 +120,13 @@ def _measure(
         prefill_ms = spread_of(times[1:])
     step = _Step(model, cache, context, batch, _compiled(model) if static else model)
     try:
-        decode_ms = spread_of(call_times(step, settings.steps, settings.warmup, model.device))
+        times = call_times(step, settings.steps, settings.warmup, model.device)
     finally:
         step.end()
     return {
         "prefill_ms": prefill_ms,
-        "decode_ms": decode_ms,
-        "tokens_per_s": 1e3 * batch / median_of(decode_ms),
+        "decode_ms": spread_of(times),
+        "tokens_per_s": tokens_per_s(batch, times),
     }
 
 

@@ -21,7 +21,7 @@ from hcache.geometry import Geometry
 from hcache.models import LoadedModel
 from runners.ceilings import Ceilings
 from runners.latency_settings import WARMUP_ROUNDS, LatencySettings
-from runners.timing import begin_peak, is_out_of_memory, median_of, peak_bytes, spread_of
+from runners.timing import begin_peak, is_out_of_memory, median_of, peak_bytes, spread_of, tokens_per_s
 
 log = logging.getLogger(__name__)
 Point = dict[str, Any]
@@ -147,7 +147,7 @@ def _measured(task: Task, context: int, batch: int, ids: Tensor | None, floor: P
         "prefill_ms": prefill_ms,
         "decode_ms": decode_ms,
         "measured_steps": len(times),
-        "tokens_per_s": 1e3 * batch / median,
+        "tokens_per_s": tokens_per_s(batch, times),
         "times_floor": median / floor["floor_ms"],
         **_bytes(session, floor),
         "host_to_device_bytes_per_step": _gained("host_to_device_bytes", before, counted) / settings.steps,

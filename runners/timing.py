@@ -49,6 +49,11 @@ def spread_of(values: Sequence[float]) -> Spread:
     return {**found, "mean": mean(values) if values else None}
 
 
+def tokens_per_s(batch: int, times_ms: Sequence[float]) -> float:
+    """Throughput of decode steps: slow ones count as what they take."""
+    return 1e3 * batch / mean(times_ms)
+
+
 def median_of(spread: Spread) -> float:
     """The median of a spread of measured values."""
     value = spread["median"]

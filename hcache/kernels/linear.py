@@ -37,8 +37,9 @@ class Tuning(NamedTuple):
 
 NARROW, LONG, WIDE = Tuning(32, 256, 4, 6), Tuning(32, 512, 4, 4), Tuning(64, 128, 4, 5)
 """For weights of few rows together, so that most SMs have a strip; of these for long rows; for the others.
-Measured on an H200 (bf16, M = 1), one after the other, N x K of 4096 x 4096, 4096 x 14336, 6144 x 4096 and
-128256 x 4096: 10.7, 30.1, 15.4 and 237 us; cuBLAS: 12.5, 31.0, 26.1 (three launches) and 246.
+Measured on an H200 (bf16, M = 1, `python -m runners.kernels --only products`), N x K of 4096 x 4096,
+4096 x 14336, 6144 x 4096 and 128256 x 4096: 11.1, 29.8, 16.1 and 236 us; torch: 13.1, 31.9, 28.6 (three
+launches) and 247.
 """
 
 NARROW_ROWS, LONG_ROW = 4096, 8192
