@@ -16,8 +16,8 @@ from hcache.kernels.chain import chained, enter, leave
 from hcache.kernels.linear import ROWS, Tuning
 
 TUNING = Tuning(64, 128, 4, 4)
-"""`strip` counts rows of each weight. Measured on an H200 for 2 x 14336 x 4096 (bf16, M = 1): 57.1 us, torch 66.4
-(`python -m runners.kernels --only products`).
+"""`strip` counts rows of each weight. Measured on an H200 for 2 x 14336 x 4096 (bf16, M = 1,
+`python -m runners.kernels --only products`): 57.1 us, torch 66.4.
 """
 
 
