@@ -16,12 +16,12 @@ from typing import Any
 from hcache import records
 from hcache.benchmarks.base import Shard
 from hcache.records import Line, Predictions, Result
-from runners import CellOutcome, evaluate
+from runners import CellOutcome
 from runners.config import ConfigError, RunConfig
 from runners.lines import ReadLine, read_lines
 from runners.notes import counted
 from runners.plan import PlannedCell, planned
-from runners.summary import summarise
+from runners.result import completed, head, requested
 
 log = logging.getLogger(__name__)
 DIRECTORY = "shards"
@@ -88,7 +88,8 @@ def _merged(plan: PlannedCell) -> CellOutcome:
     lines = _in_order(parts)
     predictions = Predictions(plan.directory)
     _check_standing(predictions.path, lines)
-    result = _completed(plan, parts, lines)
+    notes, made = _notes(parts, lines), _provenance(parts, lines)
+    result = {**completed(plan, lines, notes, made), "config": _config(parts)}
     predictions.rewrite(lines)
     records.write_result(plan.directory, result)
     return CellOutcome("completed", plan.directory, f"{len(lines)} examples of {len(parts)} shards merged")
@@ -229,35 +230,22 @@ def _check_standing(path: Path, lines: Sequence[Line]) -> None:
             )
 
 
-def _completed(plan: PlannedCell, parts: Sequence[Part], lines: Sequence[Line]) -> Result:
-    benchmark = plan.run.benchmark
-    summary = summarise(lines, evaluate._requested(plan), benchmark.aggregates(lines))
-    scores = {name: task["score"] for name, task in summary["tasks"].items()}
-    return {
-        **_head(plan, parts, "completed"),
-        "score": benchmark.aggregate(scores),
-        **summary,
-        "notes": _notes(parts, lines),
-        "provenance": _provenance(parts, lines),
-    }
-
-
 def _infeasible(plan: PlannedCell, parts: Sequence[Part]) -> Result:
     """With the smallest budget that would do for all shards."""
     worst = max((part.result["error"] for part in parts), key=lambda error: error["smallest_fraction"])
     return {
-        **_head(plan, parts, "infeasible"),
+        **head(plan, "infeasible"),
+        "config": _config(parts),
         "error": worst,
-        "budget": evaluate._requested(plan),
+        "budget": requested(plan),
         "provenance": parts[0].result["provenance"],
     }
 
 
-def _head(plan: PlannedCell, parts: Sequence[Part], status: str) -> Result:
-    """As the run would have written it: its configuration, not this command's."""
-    config = dict(parts[0].result["config"])
-    config["benchmark"] = {**config["benchmark"], "shard": None}
-    return {**evaluate._head(plan, status), "config": config}
+def _config(parts: Sequence[Part]) -> dict[str, Any]:
+    """That of a run of the whole cell, not this command's."""
+    config = parts[0].result["config"]
+    return {**config, "benchmark": {**config["benchmark"], "shard": None}}
 
 
 def _notes(parts: Sequence[Part], lines: Sequence[Line]) -> list[str]:
