@@ -24,7 +24,7 @@ from runners.interrupt import Interrupted, StopSignal
 from runners.notes import counted
 from runners.plan import PlannedCell, planned
 from runners.progress import CellProgress
-from runners.prompts import Prompt
+from runners.prompts import EmptyShard, Prompt
 from runners.result import completed, head, requested
 from runners.tracking import Tracker, make_tracker
 from runners.work import Worker
@@ -44,6 +44,8 @@ def run(config: RunConfig) -> CellOutcome:
             _evaluate(plan, stop)
         except Interrupted:
             return CellOutcome("interrupted", plan.directory, _stopped(plan))
+        except EmptyShard as nothing:
+            return _without_examples(plan, str(nothing))
         except InfeasibleBudget as error:
             return _without_numbers(plan, "infeasible", error)
         except (Exception, SystemExit) as error:
@@ -139,6 +141,21 @@ def _completed(plan: PlannedCell, worker: Worker, lines: Sequence[Line]) -> Resu
         seed=plan.run.runtime.seed,
     )
     return completed(plan, ordered, [*worker.notes(), *counted(ordered)], made)
+
+
+def _without_examples(plan: PlannedCell, message: str) -> CellOutcome:
+    """Record a shard that nothing is left for; it is completed, so runner=merge has all parts."""
+    result = {
+        **head(plan, "completed"),
+        "score": None,
+        "tasks": {},
+        "budget": requested(plan),
+        "notes": [message],
+        "provenance": records.provenance(None, records.now(), 0.0, plan.run.runtime.seed),
+    }
+    Predictions(plan.directory).append([])
+    records.write_result(plan.directory, result)
+    return CellOutcome("completed", plan.directory, message)
 
 
 def _without_numbers(plan: PlannedCell, status: str, error: BaseException) -> CellOutcome:

@@ -217,6 +217,16 @@ def test_shards_hold_every_batch_once(
     assert sorted(parts) == sorted(whole)
 
 
+def test_a_benchmark_without_examples_fails_in_every_shard(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Retrieval, "examples", lambda self, tokenizer: [])
+    for shard in (None, "0/2", "1/2"):
+        outcome = evaluate.run(cell(checkpoint, tmp_path, benchmark={"shard": shard, "examples_per_task": 9}))
+        assert outcome.status == "failed"
+        assert "there is no example to run" in outcome.message
+
+
 @pytest.mark.parametrize("shard", ["3/3", "1", "a/b", "-1/2", "1/0"])
 def test_shards_that_can_not_be(checkpoint: Path, tmp_path: Path, shard: str) -> None:
     with pytest.raises(ValueError, match=r"benchmark\.shard"):
