@@ -55,6 +55,17 @@ class Cell:
         return f"{error['smallest_tokens']} tokens" if self._in_tokens else f"{error['smallest_fraction']:g}"
 
     @property
+    def status(self) -> str:
+        """completed, or why there are no numbers, with the budget that would do where that is known."""
+        needs = f", needs >= {self.smallest}" if self.smallest else ""
+        return f"{self.result['status']}{needs}"
+
+    @property
+    def versions(self) -> str:
+        """Of the packages it ran on, with their names."""
+        return ", ".join(f"{name} {v}" for name, v in self.result["provenance"]["versions"].items())
+
+    @property
     def options(self) -> dict[str, str]:
         """Options of the method by dotted path, and the budget's unit, by which lines of a plot differ."""
         found = dict(_leaves(identity(self.result["config"])["method"]))
@@ -100,7 +111,19 @@ def completed(cells: Sequence[Cell]) -> Iterator[Cell]:
             print(f"left out: {cell.directory} is {cell.result['status']}", file=sys.stderr)
 
 
-def unique(cells: Sequence[Cell]) -> list[Cell]:
+def side_by_side(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells as they may be shown together, one for each configuration.
+
+    Raises:
+        ValueError: none is completed, or they differ in more than method and budget.
+    """
+    if not any(cell.completed for cell in cells):
+        raise ValueError("no completed cell among the records: there is nothing to show")
+    _one_setting(cells)
+    return _unique(cells)
+
+
+def _unique(cells: Sequence[Cell]) -> list[Cell]:
     """One cell for each configuration: of several runs of one the one with most examples, the others are
     named on stderr."""
     best: dict[str, Cell] = {}
@@ -116,7 +139,7 @@ def unique(cells: Sequence[Cell]) -> list[Cell]:
     return list(best.values())
 
 
-def one_setting(cells: Sequence[Cell]) -> None:
+def _one_setting(cells: Sequence[Cell]) -> None:
     """Check that all may stand side by side: the same but for method and budget.
 
     Raises:
@@ -170,6 +193,11 @@ def devices(cells: Sequence[Cell]) -> list[str]:
     return list(dict.fromkeys(str(cell.result["provenance"]["device"]) for cell in cells))
 
 
+def days(cells: Sequence[Cell]) -> list[str]:
+    """The days on which the cells were started, in their order."""
+    return sorted({str(cell.result["provenance"]["started"])[:10] for cell in cells})
+
+
 def commits(cells: Sequence[Cell]) -> list[str]:
     """Short git commits the cells ran at, each once, with a word where files differed from the commit."""
     found = (cell.result["provenance"] for cell in cells)
@@ -180,6 +208,11 @@ def commits(cells: Sequence[Cell]) -> list[str]:
 def listed(names: Sequence[str]) -> str:
     """Up to three names, and a word for more."""
     return ", ".join(names[:_LISTED]) + (" and others" if len(names) > _LISTED else "")
+
+
+def short_tokens(count: int) -> str:
+    """32K for 32768."""
+    return f"{count // 1024}K" if count % 1024 == 0 else str(count)
 
 
 def _record(path: Path) -> Result:

@@ -8,7 +8,6 @@ out.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from analysis import command
 from analysis.cells import completed, read
 from hcache.metrics import Comparison, paired_bootstrap
 from hcache.records import setting
@@ -94,16 +94,15 @@ def table(cells: Sequence[Finished], method: str) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.compare", description=__doc__)
+    parser = command.parser("compare", __doc__)
     parser.add_argument("directory", type=Path, help="outputs/<tag>, or any directory above finished cells")
     parser.add_argument("--against", required=True, metavar="METHOD", help="the method others are taken from")
     asked = parser.parse_args(arguments)
-    try:
+
+    def show() -> None:
         Console(width=140).print(table(list(finished(asked.directory)), asked.against))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return command.answered(show)
 
 
 if __name__ == "__main__":

@@ -8,28 +8,16 @@ panels. The same records give the same file.
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import itertools
 import sys
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from analysis.cells import (
-    Cell,
-    by_label,
-    commits,
-    devices,
-    listed,
-    one_setting,
-    read,
-    sizes,
-    tasks,
-    unique,
-)
+from analysis import command, drawing
+from analysis.cells import Cell, by_label, commits, devices, listed, read, side_by_side, sizes, tasks
+from analysis.drawing import WIDTH
 from analysis.styles import Style, styles
 
 if TYPE_CHECKING:
@@ -38,29 +26,12 @@ if TYPE_CHECKING:
 
 TOGETHER = "score"
 """The panel of all tasks together, named as in the record."""
-SUFFIXES = (".png", ".pdf", ".svg")
 
 _NAN = float("nan")
-_WIDTH = 8.0  # inches; 1200 pixels at _DPI
-_DPI = 150
-_LINE = 0.155  # inches of a line of small text
-_CHARACTERS = 140  # of a line of small text over the figure's width
 _TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 _X_LABELS = {
     "resident": "KV bytes on the device / full cache (measured)",
     "attended": "share of the prompt read by a decode step (measured)",
-}
-_SETTINGS: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8.5,
-    "axes.linewidth": 0.7,
-    "svg.hashsalt": "hcache",  # names of svg elements come from it, not from chance
-}
-# What would make two files of one figure differ, or tie a file to a version.
-_METADATA: dict[str, dict[str, None]] = {
-    ".png": {"Software": None},
-    ".pdf": {"CreationDate": None},
-    ".svg": {"Date": None},
 }
 
 
@@ -113,19 +84,13 @@ def pareto(cells: Sequence[Cell], chosen: Sequence[str] = (), x: str = "resident
     Raises:
         ValueError: no completed cell, cells of different settings, or an unknown task.
     """
-    from matplotlib.figure import Figure
-
-    if not any(cell.completed for cell in cells):
-        raise ValueError("no completed cell among the records: there is nothing to draw")
-    one_setting(cells)
-    cells = unique(cells)
+    cells = side_by_side(cells)
     names = panels(cells, chosen)
     groups = by_label(cells)
     looks = styles({label: group[0].method for label, group in groups.items()})
     lines = {name: {label: points(group, name, x) for label, group in groups.items()} for name in names}
     below = _below(cells, groups, lines)
-    figure = Figure(figsize=(_WIDTH, 1.0), dpi=_DPI)
-    axes = _grid(figure, len(names), list(groups), len(below))
+    figure, axes = _grid(len(names), list(groups), below)
     references = {label for label, group in groups.items() if all(cell.budget == "full" for cell in group)}
     for axis, name in zip(axes, names, strict=True):
         _panel(axis, lines[name], looks, references)
@@ -133,12 +98,6 @@ def pareto(cells: Sequence[Cell], chosen: Sequence[str] = (), x: str = "resident
     _shared_x(axes, lines[names[0]], references, x)
     _legend(figure, axes[0], below)
     return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write the figure; the suffix (png, pdf, svg) decides the format."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format=path.suffix[1:], metadata=_METADATA[path.suffix])
 
 
 def _point(cell: Cell, task: str, x: str) -> Point:
@@ -158,9 +117,7 @@ def _panel(
     axis: Axes, lines: Mapping[str, Sequence[Point]], looks: Mapping[str, Style], references: set[str]
 ) -> None:
     axis.set_xscale("log")
-    axis.grid(color="0.9", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+    drawing.quiet(axis)
     axis.set_ylim(*_y_limits([point for line in lines.values() for point in line if point.has_numbers]))
     holding_all = 0
     for label, line in lines.items():
@@ -276,27 +233,32 @@ def _y_limits(numbers: Sequence[Point]) -> tuple[float, float]:
     return max(low - margin, -4.0), min(high + margin, 104.0)
 
 
-def _grid(figure: Figure, count: int, labels: Sequence[str], lines_below: int) -> list[Axes]:
+def _grid(count: int, labels: Sequence[str], below: Sequence[str]) -> tuple[Figure, list[Axes]]:
     """Panels above, room for the legend and the lines below them."""
     columns = 1 if count == 1 else 2
     rows = -(-count // columns)
     legend_rows = -(-len(labels) // _legend_columns(labels))
-    bottom = 0.62 + 0.19 * legend_rows + _LINE * (lines_below + 0.5)
+    bottom = 0.62 + 0.19 * legend_rows + drawing.foot_inches(below)
     height = (3.9 if count == 1 else 2.45) * rows + bottom + 0.3
-    figure.set_size_inches(_WIDTH, height)
+    figure = drawing.sheet(WIDTH, height)
     grid = figure.subplots(rows, columns, squeeze=False)
     figure.subplots_adjust(
-        left=0.075, right=0.985, top=1 - 0.3 / height, bottom=bottom / height, wspace=0.13, hspace=0.3
+        left=drawing.LEFT / WIDTH,
+        right=0.985,
+        top=1 - 0.3 / height,
+        bottom=bottom / height,
+        wspace=0.13,
+        hspace=0.3,
     )
     for spare in list(grid.flat)[count:]:
         spare.remove()
-    return list(grid.flat)[:count]
+    return figure, list(grid.flat)[:count]
 
 
 def _legend_columns(labels: Sequence[str]) -> int:
     """As many as the longest label leaves room for, up to 4."""
     inches = 0.75 + 0.07 * max(len(label) for label in labels)
-    return max(1, min(4, int(0.9 * _WIDTH / inches)))
+    return max(1, min(4, int(0.9 * WIDTH / inches)))
 
 
 def _shared_x(
@@ -321,14 +283,12 @@ def _shared_x(
 
 
 def _legend(figure: Figure, axis: Axes, below: Sequence[str]) -> None:
-    inches = figure.get_figheight()
-    text = _LINE * (len(below) + 0.5) / inches
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(
         handles,
         labels,
         loc="lower left",
-        bbox_to_anchor=(0.075, text),
+        bbox_to_anchor=(drawing.LEFT / WIDTH, drawing.foot_inches(below) / figure.get_figheight()),
         ncols=_legend_columns(labels),
         frameon=False,
         fontsize=8,
@@ -336,8 +296,7 @@ def _legend(figure: Figure, axis: Axes, below: Sequence[str]) -> None:
         borderpad=0,
         borderaxespad=0,
     )
-    style: dict[str, Any] = {"fontsize": 6.8, "color": "0.3", "va": "bottom", "linespacing": 1.4}
-    figure.text(0.075, 0.06 / inches, "\n".join(below), **style)
+    drawing.write_foot(figure, below)
 
 
 def _below(
@@ -360,7 +319,7 @@ def _below(
         f"{f' Numbers beside points: the budget asked of {listed(full)}.' if full else ''}"
     )
     gaps = "; ".join(gap for label, group in groups.items() for gap in _gaps(label, group))
-    return [line for text in (gaps, caption) if text for line in textwrap.wrap(text, _CHARACTERS)]
+    return drawing.wrapped((gaps, caption))
 
 
 def _gaps(label: str, group: Sequence[Cell]) -> Iterator[str]:
@@ -375,26 +334,9 @@ def _gaps(label: str, group: Sequence[Cell]) -> Iterator[str]:
         yield f"{label} {status} at {', '.join(cell.kept for cell in lacking)}{needs}"
 
 
-def _drawn(cells: Sequence[Cell], asked: Any) -> None:
-    """Draw and write with our settings alone, whatever the user's matplotlibrc says."""
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_SETTINGS)
-        save(pareto(cells, asked.task, asked.x), asked.out)
-
-
-def _check(out: Path) -> None:
-    if out.suffix not in SUFFIXES:
-        raise ValueError(f"--out {out}: the suffix must be one of {', '.join(SUFFIXES)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("figures need matplotlib, which is not installed: pip install 'hcache[analysis]'")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.figure", description=__doc__)
+    parser = command.parser("figure", __doc__)
     figures = parser.add_subparsers(dest="figure", required=True)
     asking = figures.add_parser("pareto", help="score against KV bytes, one line a method")
     add = asking.add_argument
@@ -403,13 +345,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--task", action="append", default=[], help=f"only this task, or {TOGETHER}; may be repeated")
     add("--x", choices=tuple(_X_LABELS), default="resident", help="fraction of the cache on the x axis")
     asked = parser.parse_args(arguments)
-    try:
-        _check(asked.out)
-        _drawn(read(asked.directories), asked)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def show() -> None:
+        drawing.check(asked.out)
+        cells = read(asked.directories)
+        drawing.write(lambda: pareto(cells, asked.task, asked.x), asked.out)
+
+    return command.answered(show)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,17 @@ hatched, and not in any mean. The same records give the same files.
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from analysis.cells import Cell, by_label, commits, devices, listed, one_setting, read, unique
-from analysis.figure import SUFFIXES, save
+from analysis import command, drawing
+from analysis.cells import Cell, by_label, commits, days, devices, listed, short_tokens, side_by_side
+from analysis.drawing import LEFT, WIDTH
+from analysis.markdown import bullets, document, section, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,19 +32,10 @@ _NAN = float("nan")
 _COLOURS = "viridis"  # even in lightness: told apart by colour-blind eyes and in print
 _GAP = "0.88"
 _COLUMNS = 3
-_WIDTH, _DPI = 8.0, 150  # inches
-_LINE = 0.155  # inches of a line of small text
-_CHARACTERS = 140  # of a line of small text over the figure's width
 _TITLE = 36  # characters above which a panel's title is set smaller
 _NUMBER = (0.26, 0.13)  # inches that a number in a field needs, across and down
 _TICKS = 9  # as many lengths or depths are named
-_SETTINGS: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8.0,
-    "axes.linewidth": 0.7,
-    "svg.hashsalt": "hcache",
-    "hatch.linewidth": 0.4,
-}
+_TEXT = 8  # size of what is written beside the axes
 
 
 @dataclass(frozen=True)
@@ -68,12 +58,6 @@ class Panel:
     def kept(self) -> str:
         """The budget in words."""
         return "everything kept" if self.cell.budget == "full" else f"{self.cell.kept} kept"
-
-    @property
-    def status(self) -> str:
-        """completed, or why there are no scores."""
-        needs = f", needs >= {self.cell.smallest}" if self.cell.smallest else ""
-        return f"{self.cell.result['status']}{needs}"
 
     def mean(self, length: int | None = None, depth: float | None = None) -> float:
         """Mean of the fields of a length, of a depth, or of all; NaN where there are none."""
@@ -127,12 +111,8 @@ def collect(cells: Sequence[Cell]) -> Heatmap:
     for cell in others:
         name = cell.result["cell"]["benchmark"]
         print(f"left out: {cell.directory} is of benchmark {name}", file=sys.stderr)
-    if not any(cell.completed for cell in needles):
-        raise ValueError("no completed cell among the records: there is nothing to draw")
-    one_setting(needles)
-    panels = tuple(
-        _panel(label, cell) for label, group in by_label(unique(needles)).items() for cell in group
-    )
+    groups = by_label(side_by_side(needles))
+    panels = tuple(_panel(label, cell) for label, group in groups.items() for cell in group)
     places = {place for panel in panels for place in panel.scores}
     lengths, depths = ({place[axis] for place in places} for axis in (0, 1))
     return Heatmap(panels, tuple(int(length) for length in sorted(lengths)), tuple(sorted(depths)))
@@ -156,21 +136,19 @@ def _panel(label: str, cell: Cell) -> Panel:
 
 def draw(heatmap: Heatmap) -> Figure:
     """A panel for each method and budget, one scale of colours from 0 to 100. Needs matplotlib."""
-    from matplotlib.figure import Figure
-
     panels = heatmap.panels
     columns = min(len(panels), _COLUMNS)
     rows = -(-len(panels) // columns)
-    below = textwrap.wrap(_below(heatmap), _CHARACTERS)
-    across = (_WIDTH - 1.35) / columns - 0.15  # inches of a panel
+    below = drawing.wrapped([_below(heatmap)])
+    across = (WIDTH - 1.35) / columns - 0.15  # inches of a panel
     down = min(2.6, max(1.3, 0.2 * len(heatmap.depths)))
-    bottom = 0.62 + _LINE * (len(below) + 0.5)
+    bottom = 0.62 + drawing.foot_inches(below)
     height = rows * (down + 0.5) + bottom - 0.1
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI)
+    figure = drawing.sheet(WIDTH, height)
     grid = figure.subplots(rows, columns, squeeze=False)
     figure.subplots_adjust(
-        left=0.6 / _WIDTH,
-        right=1 - 0.75 / _WIDTH,
+        left=LEFT / WIDTH,
+        right=1 - 0.75 / WIDTH,
         top=1 - 0.3 / height,
         bottom=bottom / height,
         wspace=0.15 / across,
@@ -184,9 +162,7 @@ def draw(heatmap: Heatmap) -> Figure:
     for spare in axes[len(panels) :]:
         spare.remove()
     _scale(figure, height, bottom)
-    figure.text(
-        0.6 / _WIDTH, 0.06 / height, "\n".join(below), fontsize=6.8, color="0.3", va="bottom", linespacing=1.4
-    )
+    drawing.write_foot(figure, below)
     return figure
 
 
@@ -212,7 +188,9 @@ def _field(axis: Axes, panel: Panel, heatmap: Heatmap, fits: bool) -> None:
     title = f"{panel.label}, {panel.kept}{said}"
     axis.set_title(title, fontsize=8.5 if len(title) <= _TITLE else 6.5, loc="left")
     if not panel.cell.completed:
-        axis.text(0.5, 0.5, panel.status, transform=axis.transAxes, ha="center", va="center", fontsize=8)
+        axis.text(
+            0.5, 0.5, panel.cell.status, transform=axis.transAxes, ha="center", va="center", fontsize=_TEXT
+        )
     if fits:
         _numbers(axis, scores)
 
@@ -231,14 +209,14 @@ def _axes(axes: Sequence[Axes], heatmap: Heatmap, columns: int) -> None:
     """Ticks: lengths below the last panel of a column, depths beside the first of a row."""
     xs, ys = _ticks(len(heatmap.lengths)), _ticks(len(heatmap.depths))
     for number, axis in enumerate(axes):
-        axis.tick_params(length=2)
-        axis.set_xticks(xs, [_tokens(heatmap.lengths[x]) for x in xs])
+        axis.tick_params(length=2, labelsize=_TEXT)
+        axis.set_xticks(xs, [short_tokens(heatmap.lengths[x]) for x in xs])
         first = number % columns == 0
         axis.set_yticks(ys, [f"{heatmap.depths[y]:g}" if first else "" for y in ys])
         if first:
-            axis.set_ylabel("depth, percent")
+            axis.set_ylabel("depth, percent", fontsize=_TEXT)
         if number + columns >= len(axes):
-            axis.set_xlabel("length, tokens")
+            axis.set_xlabel("length, tokens", fontsize=_TEXT)
 
 
 def _ticks(count: int) -> list[int]:
@@ -250,15 +228,11 @@ def _scale(figure: Figure, height: float, bottom: float) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    place = (1 - 0.6 / _WIDTH, bottom / height, 0.12 / _WIDTH, 1 - (bottom + 0.3) / height)
+    place = (1 - 0.6 / WIDTH, bottom / height, 0.12 / WIDTH, 1 - (bottom + 0.3) / height)
     bar = figure.colorbar(ScalarMappable(Normalize(0, 100), _colours()), cax=figure.add_axes(place))
-    bar.set_label("score", labelpad=1)
+    bar.set_label("score", labelpad=1, fontsize=_TEXT)
+    bar.ax.tick_params(labelsize=_TEXT)
     bar.outline.set_linewidth(0.5)
-
-
-def _tokens(count: int) -> str:
-    """32K for 32768."""
-    return f"{count // 1024}K" if count % 1024 == 0 else str(count)
 
 
 def _below(heatmap: Heatmap) -> str:
@@ -294,33 +268,26 @@ def markdown(heatmap: Heatmap) -> str:
     ]
     parts = [
         _heading(heatmap),
-        "## By length\n\n" + _table(["method", "kept", "all", *lengths], by_length),
-        "## By depth\n\n" + _table(["method", "kept", *depths], by_depth),
+        "## By length\n\n" + table(["method", "kept", "all", *lengths], by_length),
+        "## By depth\n\n" + table(["method", "kept", *depths], by_depth),
         *(_grid(panel, heatmap) for panel in heatmap.panels if panel.scores),
-        _notes(heatmap),
+        section("Notes", _notes(heatmap)),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return document(parts)
 
 
 def _heading(heatmap: Heatmap) -> str:
     first, settings = heatmap.done[0], heatmap.done[0].result["config"]["benchmark"]
-    versions = ", ".join(
-        f"{name} {version}" for name, version in first.result["provenance"]["versions"].items()
-    )
-    days = sorted({str(cell.result["provenance"]["started"])[:10] for cell in heatmap.done})
     aware = "with the question known" if settings["query_aware"] else "before the question is known"
-    return "\n".join(
-        [
-            f"# Needle in a haystack, {first.result['cell']['model']}",
-            "",
-            f"- Date: {listed(days)}. Commit: {listed(commits(heatmap.done))}. Device: "
-            f"{listed(devices(heatmap.done))}. Versions: {versions}.",
-            f"- Score: {heatmap.metric}, 0 to 100; {heatmap.counts} examples a field. Compressed {aware}.",
-            f"- Needle: `{_line(settings['needle'])}`. Question: `{_line(settings['question'])}`. Haystack: "
-            f"{settings['haystack'] or 'generated prose'}.",
-            "- A mean is that of its fields, all alike; in brackets the 95% interval of the record.",
-        ]
-    )
+    said = [
+        f"Date: {listed(days(heatmap.done))}. Commit: {listed(commits(heatmap.done))}. Device: "
+        f"{listed(devices(heatmap.done))}. Versions: {first.versions}.",
+        f"Score: {heatmap.metric}, 0 to 100; {heatmap.counts} examples a field. Compressed {aware}.",
+        f"Needle: `{_line(settings['needle'])}`. Question: `{_line(settings['question'])}`. Haystack: "
+        f"{settings['haystack'] or 'generated prose'}.",
+        "A mean is that of its fields, all alike; in brackets the 95% interval of the record.",
+    ]
+    return f"# Needle in a haystack, {first.result['cell']['model']}\n\n{bullets(said)}"
 
 
 def _line(text: str) -> str:
@@ -347,21 +314,16 @@ def _grid(panel: Panel, heatmap: Heatmap) -> str:
         for depth in heatmap.depths
     ]
     header = ["depth", *(str(length) for length in heatmap.lengths)]
-    return f"## {panel.label}, {panel.kept}\n\n{_table(header, rows)}"
+    return f"## {panel.label}, {panel.kept}\n\n{table(header, rows)}"
 
 
-def _notes(heatmap: Heatmap) -> str:
-    """Gaps, and what records say must be known; each once."""
-    notes = dict.fromkeys(_said(heatmap))
-    return "## Notes\n\n" + "\n".join(f"- {note}" for note in notes) if notes else ""
-
-
-def _said(heatmap: Heatmap) -> Iterator[str]:
+def _notes(heatmap: Heatmap) -> Iterator[str]:
+    """Gaps, and what records say must be known."""
     fields = len(heatmap.lengths) * len(heatmap.depths)
     for panel in heatmap.panels:
         name = f"{panel.label}, {panel.kept}"
         if not panel.cell.completed:
-            yield f"{name}: {panel.status}"
+            yield f"{name}: {panel.cell.status}"
         elif len(panel.scores) < fields:
             yield f"{name}: {fields - len(panel.scores)} of {fields} fields have no example (`-`)"
         for note in panel.cell.result.get("notes", []):
@@ -372,54 +334,11 @@ def _shown(number: float) -> str:
     return f"{number:.1f}".removesuffix(".0") if number == number else "-"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-# --- the command line
-
-
-def _drawn(heatmap: Heatmap, out: Path) -> None:
-    """Draw and write with our settings alone, whatever the user's matplotlibrc says."""
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_SETTINGS)
-        save(draw(heatmap), out)
-
-
-def _check(out: Path) -> None:
-    if out.suffix not in SUFFIXES:
-        raise ValueError(f"--out {out}: the suffix must be one of {', '.join(SUFFIXES)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("figures need matplotlib, which is not installed: pip install 'hcache[analysis]'")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.heatmap", description=__doc__)
-    parser.add_argument("directories", type=Path, nargs="+", help="outputs/<tag> of runs of the needle")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the figure: a png, pdf or svg file")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="the tables; default: print them")
-    asked = parser.parse_args(arguments)
-    try:
-        if asked.out is not None:
-            _check(asked.out)
-        heatmap = collect(read(asked.directories))
-        if asked.out is not None:
-            _drawn(heatmap, asked.out)
-        text = markdown(heatmap)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if asked.table is None:
-        print(text, end="")
-    else:
-        asked.table.parent.mkdir(parents=True, exist_ok=True)
-        asked.table.write_text(text, encoding="utf-8")
-    return 0
+    asking = command.parser("heatmap", __doc__)
+    asking.add_argument("directories", type=Path, nargs="+", help="outputs/<tag> of runs of the needle")
+    return command.figure_and_tables(asking, arguments, collect, draw, markdown)
 
 
 if __name__ == "__main__":

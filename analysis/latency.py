@@ -8,17 +8,16 @@ table. Several directories may hold parts of one sweep. Reads files only.
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import sys
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.cells import Cell, commits, devices, listed, read
-from analysis.figure import SUFFIXES, save
+from analysis import command, drawing
+from analysis.cells import Cell, commits, devices, listed, short_tokens
+from analysis.drawing import LEFT
 from analysis.latency_records import TRANSFORMERS, Line, Place, Point, Sweep, collect, median
+from analysis.markdown import bullets, document, section, table
 from analysis.styles import Style, styles
 
 if TYPE_CHECKING:
@@ -28,12 +27,6 @@ if TYPE_CHECKING:
 FLOOR, FASTEST = "floor of the budget", "transformers, fastest measured"
 _NAN = float("nan")
 _GIB, _MIB = 2**30, 2**20
-_SETTINGS: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8.5,
-    "axes.linewidth": 0.7,
-    "svg.hashsalt": "hcache",
-}
 
 
 # --- the figure
@@ -45,18 +38,17 @@ def draw(sweep: Sweep) -> Figure:
     Raises:
         ValueError: nothing was measured.
     """
-    from matplotlib.figure import Figure
-
     if not any(line.numbers(place) for line in sweep.lines for place in line.points):
         raise ValueError("no point of any cell has numbers: there is nothing to draw")
     budgets, batches = sweep.budgets, sweep.batches
-    below = [line for text in _below(sweep) for line in textwrap.wrap(text, 58 * max(len(budgets), 2))]
-    bottom = 1.4 + 0.15 * len(below)
-    width, height = max(7.0, 3.4 * len(budgets)), 2.9 * len(batches) + bottom + 0.3
-    figure = Figure(figsize=(width, height), dpi=150)
+    width = max(7.0, 3.4 * len(budgets))
+    below = drawing.wrapped(_below(sweep), width)
+    bottom = 1.32 + drawing.foot_inches(below)
+    height = 2.9 * len(batches) + bottom + 0.3
+    figure = drawing.sheet(width, height)
     axes = figure.subplots(len(batches), len(budgets), squeeze=False, sharex=True, sharey=True)
     figure.subplots_adjust(
-        left=0.6 / width, right=1 - 0.15 / width, top=1 - 0.3 / height, bottom=bottom / height, wspace=0.06
+        left=LEFT / width, right=1 - 0.15 / width, top=1 - 0.3 / height, bottom=bottom / height, wspace=0.06
     )
     for row, batch in zip(axes, batches, strict=True):
         for axis, budget in zip(row, budgets, strict=True):
@@ -71,13 +63,13 @@ def draw(sweep: Sweep) -> Figure:
         list(found.values()),
         list(found),
         loc="lower left",
-        bbox_to_anchor=(0.55 / width, (0.15 * len(below) + 0.15) / height),
+        bbox_to_anchor=(0.55 / width, (0.07 + drawing.foot_inches(below)) / height),
         ncols=max(3, int(width / 1.75)),
         frameon=False,
         fontsize=8,
         handlelength=3.0,
     )
-    figure.text(0.6 / width, 0.06 / height, "\n".join(below), fontsize=6.8, color="0.3", va="bottom")
+    drawing.write_foot(figure, below)
     return figure
 
 
@@ -100,11 +92,9 @@ def _scales(axis: Axes, contexts: Sequence[int]) -> None:
 
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.grid(color="0.9", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+    drawing.quiet(axis)
     axis.xaxis.set_major_locator(FixedLocator(contexts))
-    axis.xaxis.set_major_formatter(FixedFormatter([_tokens(context) for context in contexts]))
+    axis.xaxis.set_major_formatter(FixedFormatter([short_tokens(context) for context in contexts]))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.tick_params(axis="x", labelrotation=45)
     axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -134,11 +124,6 @@ def _line(axis: Axes, line: Line, places: Sequence[Place], look: Style) -> None:
 
 def _kept(sweep: Sweep, budget: str) -> str:
     return next(line.kept for line in sweep.lines if line.budget == budget)
-
-
-def _tokens(count: int) -> str:
-    """32K for 32768."""
-    return f"{count // 1024}K" if count % 1024 == 0 else str(count)
 
 
 def _below(sweep: Sweep) -> Iterator[str]:
@@ -175,7 +160,7 @@ def _gaps(line: Line) -> Iterator[str]:
 
 def _place(place: Place) -> str:
     context, batch = place
-    return f"{_tokens(context)} x {batch}"
+    return f"{short_tokens(context)} x {batch}"
 
 
 def _reason(point: Point) -> str:
@@ -194,30 +179,26 @@ def markdown(sweep: Sweep) -> str:
         _heading(sweep),
         *(_times(sweep, budget, batch) for batch in sweep.batches for budget in sweep.budgets),
         *(_memory(sweep, batch) for batch in sweep.batches),
-        _notes(sweep),
+        section("Notes", _notes(sweep)),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return document(parts)
 
 
 def _heading(sweep: Sweep) -> str:
     first = _ran(sweep)[0]
-    versions = first.result["provenance"]["versions"]
     settings = first.result["config"]["benchmark"]
-    return "\n".join(
-        [
-            f"# Decode latency of {first.result['cell']['model']}",
-            "",
-            f"- Date: {', '.join(_days(sweep))}. Commit: {listed(commits(sweep.cells))}. Device: "
-            f"{listed(devices(_ran(sweep)))}.",
-            f"- Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}.",
-            f"- {settings['steps']} steps after {settings['warmup']} for warm-up; prompt: "
-            f"{settings['prompt']}. Measured ceilings: {_ceilings(sweep)}.",
-            "- A field: median ms of a decode step of the whole batch [p10, p90], times the floor, **speed "
-            "over the fastest of transformers' own three that was measured at this point** in the same run.",
-            "- The floor: weights without the embedding and the KV bytes that the budget allows, at the "
-            "measured read bandwidth; for transformers and fullkv all KV bytes.",
-        ]
-    )
+    said = [
+        f"Date: {', '.join(_days(sweep))}. Commit: {listed(commits(sweep.cells))}. Device: "
+        f"{listed(devices(_ran(sweep)))}.",
+        f"Versions: {first.versions}.",
+        f"{settings['steps']} steps after {settings['warmup']} for warm-up; prompt: "
+        f"{settings['prompt']}. Measured ceilings: {_ceilings(sweep)}.",
+        "A field: median ms of a decode step of the whole batch [p10, p90], times the floor, **speed "
+        "over the fastest of transformers' own three that was measured at this point** in the same run.",
+        "The floor: weights without the embedding and the KV bytes that the budget allows, at the "
+        "measured read bandwidth; for transformers and fullkv all KV bytes.",
+    ]
+    return f"# Decode latency of {first.result['cell']['model']}\n\n{bullets(said)}"
 
 
 def _ceilings(sweep: Sweep) -> str:
@@ -248,7 +229,7 @@ def _times(sweep: Sweep, budget: str, batch: int) -> str:
     ]
     floors = [sweep.floor_ms(budget, (context, batch)) for context in contexts]
     rows.append(["floor, ms", *(f"{floor:.2f}" if floor == floor else "-" for floor in floors)])
-    return f"## Batch {batch}, {kept} kept\n\n" + _table(["", *map(_tokens, contexts)], rows)
+    return f"## Batch {batch}, {kept} kept\n\n" + table(["", *map(short_tokens, contexts)], rows)
 
 
 def _measured(sweep: Sweep) -> list[str]:
@@ -290,12 +271,12 @@ def _memory(sweep: Sweep, batch: int) -> str:
         places = [place for place in line.points if place[1] == batch and line.numbers(place)]
         if places:
             place = max(places)
-            rows.append([line.label, line.kept, _tokens(place[0]), *_figures(line.points[place])])
+            rows.append([line.label, line.kept, short_tokens(place[0]), *_figures(line.points[place])])
     if not rows:
         return ""
     header = ["", "kept", "context", "tokens/s", "mean ms", "resident", "attended", "peak GiB", "host GiB"]
     header += ["host MiB/step", "drifted windows", "prefill ms", "engine"]
-    return f"## Batch {batch}, memory and traffic at the longest context measured\n\n" + _table(header, rows)
+    return f"## Batch {batch}, memory and traffic at the longest context measured\n\n" + table(header, rows)
 
 
 def _figures(point: Point) -> Iterator[str]:
@@ -314,81 +295,42 @@ def _figures(point: Point) -> Iterator[str]:
     yield f"{engine['name']}{'' if engine.get('compile', 'off') == 'off' else ', ' + engine['compile']}"
 
 
-def _notes(sweep: Sweep) -> str:
-    """Gaps, drift, and what methods say of themselves; each once."""
-    notes: dict[str, None] = {}
+def _notes(sweep: Sweep) -> Iterator[str]:
+    """Gaps, drift, and what methods say of themselves."""
     for line in sweep.lines:
-        notes.update({f"{line.label} at {line.kept}: {note}": None for note in line.notes})
+        yield from (f"{line.label} at {line.kept}: {note}" for note in line.notes)
     for cell in sweep.cells:
-        drift = cell.result["latency"].get("drift")
-        if drift:
-            notes[f"{cell.method}: drift triggers: {drift}"] = None
-        if cell.result.get("error") and not cell.result["latency"]["points"]:
-            notes[
-                f"{cell.method} at {cell.kept}: {cell.result['status']}: {cell.result['error']['message']}"
-            ] = None
+        yield from _notes_of_cell(cell)
     for line in sweep.lines:
         for place, point in sorted(line.points.items()):
-            if point["status"] in ("failed", "out_of_memory"):
-                notes[f"{line.label} at {line.kept}, {_place(place)}: {point['message']}"] = None
-            reason = point.get("engine", {}).get("reason")
-            if reason:
-                notes[f"eager steps: {reason}"] = None
-            for name, baseline in point.get("baselines", {}).items():
-                if baseline["status"] != "completed":
-                    where = "" if baseline["status"] == "not_available" else f" at {_place(place)}"
-                    notes[f"{name}{where}: {baseline['message']}"] = None
-    return "## Notes\n\n" + "\n".join(f"- {note}" for note in notes) if notes else ""
+            yield from _notes_of_point(line, place, point)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+def _notes_of_cell(cell: Cell) -> Iterator[str]:
+    drift = cell.result["latency"].get("drift")
+    if drift:
+        yield f"{cell.method}: drift triggers: {drift}"
+    if cell.result.get("error") and not cell.result["latency"]["points"]:
+        yield f"{cell.method} at {cell.kept}: {cell.result['status']}: {cell.result['error']['message']}"
 
 
-# --- the command line
-
-
-def _drawn(sweep: Sweep, out: Path) -> None:
-    """Draw and write with our settings alone, whatever the user's matplotlibrc says."""
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_SETTINGS)
-        save(draw(sweep), out)
-
-
-def _check(out: Path) -> None:
-    if out.suffix not in SUFFIXES:
-        raise ValueError(f"--out {out}: the suffix must be one of {', '.join(SUFFIXES)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("figures need matplotlib, which is not installed: pip install 'hcache[analysis]'")
+def _notes_of_point(line: Line, place: Place, point: Point) -> Iterator[str]:
+    if point["status"] in ("failed", "out_of_memory"):
+        yield f"{line.label} at {line.kept}, {_place(place)}: {point['message']}"
+    reason = point.get("engine", {}).get("reason")
+    if reason:
+        yield f"eager steps: {reason}"
+    for name, baseline in point.get("baselines", {}).items():
+        if baseline["status"] != "completed":
+            where = "" if baseline["status"] == "not_available" else f" at {_place(place)}"
+            yield f"{name}{where}: {baseline['message']}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.latency", description=__doc__)
-    parser.add_argument("directories", type=Path, nargs="+", help="outputs/<tag>, or parts of one sweep")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the figure: a png, pdf or svg file")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="the tables; default: print them")
-    asked = parser.parse_args(arguments)
-    try:
-        if asked.out is not None:
-            _check(asked.out)
-        sweep = collect(read(asked.directories))
-        if asked.out is not None:
-            _drawn(sweep, asked.out)
-        text = markdown(sweep)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if asked.table is None:
-        print(text, end="")
-    else:
-        asked.table.parent.mkdir(parents=True, exist_ok=True)
-        asked.table.write_text(text, encoding="utf-8")
-    return 0
+    asking = command.parser("latency", __doc__)
+    asking.add_argument("directories", type=Path, nargs="+", help="outputs/<tag>, or parts of one sweep")
+    return command.figure_and_tables(asking, arguments, collect, draw, markdown)
 
 
 if __name__ == "__main__":

@@ -7,24 +7,25 @@ A cell that can't exist is a row that says so.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from analysis import command
 from analysis.cells import (
     BASELINE,
     Cell,
     by_label,
     commits,
+    days,
     devices,
     listed,
-    one_setting,
     read,
+    side_by_side,
     sizes,
     tasks,
-    unique,
 )
+from analysis.markdown import bullets, document, table
 
 Column = tuple[str, Callable[[Cell], str]]
 _UNITS = (("MiB", 1 << 20), ("KiB", 1 << 10), ("bytes", 1))
@@ -38,18 +39,11 @@ def markdown(cells: Sequence[Cell], order: Sequence[str] = ()) -> str:
     Raises:
         ValueError: no completed cell, cells of different settings, or a method in `order` without a cell.
     """
-    if not any(cell.completed for cell in cells):
-        raise ValueError("no completed cell among the records: there is nothing to show")
-    one_setting(cells)
-    rows = _rows(unique(cells), order)
+    rows = _rows(side_by_side(cells), order)
     columns = _columns([cell for _, cell in rows], cells)
-    lines = [
-        f"| method | {' | '.join(header for header, _ in columns)} |",
-        f"|{'---|' * (len(columns) + 1)}",
-        *(f"| {label} | {' | '.join(value(cell) for _, value in columns)} |" for label, cell in rows),
-    ]
-    notes = [*_legend(rows), *_notes(rows)]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+    header = ["method", *(name for name, _ in columns)]
+    fields = [[label, *(value(cell) for _, value in columns)] for label, cell in rows]
+    return document([table(header, fields), bullets([*_legend(rows), *_notes(rows)])])
 
 
 def at_budget(cells: Sequence[Cell], budget: str) -> list[Cell]:
@@ -91,7 +85,7 @@ def _columns(shown: Sequence[Cell], cells: Sequence[Cell]) -> list[Column]:
 def _task_column(task: str, first: bool) -> Column:
     def value(cell: Cell) -> str:
         if not cell.completed:
-            return _gap(cell) if first else "-"
+            return cell.status if first else "-"
         found = cell.result["tasks"].get(task)
         if not found:
             return "-"
@@ -101,12 +95,6 @@ def _task_column(task: str, first: bool) -> Column:
         return f"{_short(found['score'])} [{low}, {high}]"
 
     return task, value
-
-
-def _gap(cell: Cell) -> str:
-    """Why a row has no numbers."""
-    needs = f", needs >= {cell.smallest}" if cell.smallest else ""
-    return f"{cell.result['status']}{needs}"
 
 
 def _bytes_column(cells: Sequence[Cell], header: str, *path: str) -> Column:
@@ -169,19 +157,15 @@ def _legend(rows: Sequence[tuple[str, Cell]]) -> list[str]:
 
 def _where(done: Sequence[Cell]) -> list[str]:
     """Device, days, versions and commit, and a warning where times don't come from one place and day."""
-    places = devices(done)
-    days = sorted({str(cell.result["provenance"]["started"])[:10] for cell in done})
-    versions = dict.fromkeys(
-        ", ".join(f"{name} {version}" for name, version in cell.result["provenance"]["versions"].items())
-        for cell in done
-    )
+    places, started = devices(done), days(done)
+    versions = dict.fromkeys(cell.versions for cell in done)
     lines = [
-        f"Device: {'; '.join(places)}. Started: {', '.join(days)}.",
+        f"Device: {'; '.join(places)}. Started: {', '.join(started)}.",
         f"Versions: {'; '.join(versions)}. Commit: {listed(commits(done))}.",
     ]
     if len(places) > 1:
         lines.append("Times were taken on different devices: no ratio is given across them.")
-    if len(days) > 1:
+    if len(started) > 1:
         lines.append("Times were taken on different days: read their ratios with care.")
     return lines
 
@@ -203,25 +187,19 @@ def _notes(rows: Iterable[tuple[str, Cell]]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.table", description=__doc__)
+    parser = command.parser("table", __doc__)
     parser.add_argument("directory", type=Path, help="outputs/<tag>, or any directory above recorded cells")
     parser.add_argument("--budget", metavar="LABEL", help="only this budget, as in the records: f0.25, t128")
     parser.add_argument("--order", default="", metavar="A,B", help="methods in the order of their rows")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write it; default: print it")
     asked = parser.parse_args(arguments)
-    try:
+
+    def show() -> None:
         cells = read([asked.directory])
         chosen = at_budget(cells, asked.budget) if asked.budget else cells
-        text = markdown(chosen, [name for name in asked.order.split(",") if name])
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if asked.out is None:
-        print(text, end="")
-    else:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(text, encoding="utf-8")
-    return 0
+        command.tell(markdown(chosen, [name for name in asked.order.split(",") if name]), asked.out)
+
+    return command.answered(show)
 
 
 if __name__ == "__main__":

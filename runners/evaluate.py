@@ -18,13 +18,14 @@ from hcache.budget import InfeasibleBudget
 from hcache.records import Line, Predictions, Result
 from runners import CellOutcome
 from runners.checks import known_infeasible
-from runners.config import RunConfig, budget_of
+from runners.config import RunConfig
+from runners.harness import evaluate_plan
 from runners.interrupt import Interrupted, StopSignal
 from runners.notes import counted
 from runners.plan import PlannedCell, planned
 from runners.progress import CellProgress
-from runners.prompts import Prompt
-from runners.summary import summarise
+from runners.prompts import EmptyShard, Prompt
+from runners.result import completed, head, requested
 from runners.tracking import Tracker, make_tracker
 from runners.work import Worker
 
@@ -42,12 +43,20 @@ def run(config: RunConfig) -> CellOutcome:
         try:
             _evaluate(plan, stop)
         except Interrupted:
-            return CellOutcome("interrupted", plan.directory, "stopped; the same command goes on from here")
+            return CellOutcome("interrupted", plan.directory, _stopped(plan))
+        except EmptyShard as nothing:
+            return _without_examples(plan, str(nothing))
         except InfeasibleBudget as error:
             return _without_numbers(plan, "infeasible", error)
         except (Exception, SystemExit) as error:
             return _without_numbers(plan, "failed", error)
     return CellOutcome("completed", plan.directory)
+
+
+def _stopped(plan: PlannedCell) -> str:
+    if plan.run.benchmark.by_library:
+        return "stopped; the same command starts this cell again, nothing of it is kept"
+    return "stopped; the same command goes on from here"
 
 
 def is_done(result: Result, limit: int | None) -> bool:
@@ -61,8 +70,6 @@ def is_done(result: Result, limit: int | None) -> bool:
 def _evaluate(plan: PlannedCell, stop: StopSignal) -> None:
     stop.check()
     if plan.run.benchmark.by_library:
-        from runners.harness import evaluate_plan  # imports this module
-
         evaluate_plan(plan, stop)
         return
     known_infeasible(plan.run)
@@ -127,39 +134,28 @@ def _key(line: Line) -> tuple[str, str]:
 def _completed(plan: PlannedCell, worker: Worker, lines: Sequence[Line]) -> Result:
     by_key = {_key(line): line for line in lines}
     ordered = [by_key[prompt.key] for prompt in worker.prompts]
-    benchmark = plan.run.benchmark
-    summary = summarise(ordered, _requested(plan), benchmark.aggregates(ordered))
-    scores = {name: task["score"] for name, task in summary["tasks"].items()}
-    return {
-        **_head(plan, "completed"),
-        "score": benchmark.aggregate(scores),
-        **summary,
-        "notes": [*worker.notes(), *counted(ordered)],
-        "provenance": records.provenance(
-            device=worker.device_name,
-            started=min(line["started"] for line in ordered),
-            seconds=sum(line["seconds"] for line in ordered),
-            seed=plan.run.runtime.seed,
-        ),
+    made = records.provenance(
+        device=worker.device_name,
+        started=min(line["started"] for line in ordered),
+        seconds=sum(line["seconds"] for line in ordered),
+        seed=plan.run.runtime.seed,
+    )
+    return completed(plan, ordered, [*worker.notes(), *counted(ordered)], made)
+
+
+def _without_examples(plan: PlannedCell, message: str) -> CellOutcome:
+    """Record a shard that nothing is left for; it is completed, so runner=merge has all parts."""
+    result = {
+        **head(plan, "completed"),
+        "score": None,
+        "tasks": {},
+        "budget": requested(plan),
+        "notes": [message],
+        "provenance": records.provenance(None, records.now(), 0.0, plan.run.runtime.seed),
     }
-
-
-def _requested(plan: PlannedCell) -> dict[str, Any]:
-    """The budget as asked for; a method that ignores it is asked for everything."""
-    if not plan.run.method.uses_budget:
-        return {"requested_fraction": 1.0, "requested_tokens": None}
-    budget = budget_of(plan.run)
-    return {"requested_fraction": budget.kept_fraction, "requested_tokens": budget.kept_tokens}
-
-
-def _head(plan: PlannedCell, status: str) -> Result:
-    return {
-        "schema": records.SCHEMA,
-        "status": status,
-        "cell": plan.cell.record(),
-        "config": plan.config,
-        "config_hash": plan.cell.config_hash,
-    }
+    Predictions(plan.directory).append([])
+    records.write_result(plan.directory, result)
+    return CellOutcome("completed", plan.directory, message)
 
 
 def _without_numbers(plan: PlannedCell, status: str, error: BaseException) -> CellOutcome:
@@ -172,9 +168,9 @@ def _without_numbers(plan: PlannedCell, status: str, error: BaseException) -> Ce
     else:
         reason["traceback"] = "".join(traceback.format_exception(error))
     result = {
-        **_head(plan, status),
+        **head(plan, status),
         "error": reason,
-        "budget": _requested(plan),
+        "budget": requested(plan),
         "provenance": records.provenance(None, records.now(), 0.0, plan.run.runtime.seed),
     }
     records.write_result(plan.directory, result)

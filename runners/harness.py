@@ -1,7 +1,7 @@
 """benchmark=lm_eval: one cell whose tasks lm-evaluation-harness runs, from its configuration to its records.
 
-The library asks (hcache.harness), and the record is written when it has its scores: nothing is resumed inside
-a run of the library. As with runner=evaluate, a cell never raises into the launcher.
+The part of runner=evaluate that another library does: it asks (hcache.harness), and the record is written
+when it has its scores. Nothing is resumed inside a run of the library.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hcache import records
-from hcache.budget import Budget, InfeasibleBudget
+from hcache.budget import Budget
 from hcache.engine import EngineSettings
 from hcache.geometry import Geometry
 from hcache.harness import results as reported
 from hcache.methods import Method
 from hcache.models import LoadedModel
 from hcache.records import Line, Predictions, Result
-from runners import CellOutcome, evaluate, work
+from runners import loading, work
 from runners.checks import known_infeasible
 from runners.config import ConfigError, RunConfig, budget_of
-from runners.interrupt import Interrupted, StopSignal
-from runners.plan import PlannedCell, planned
+from runners.interrupt import StopSignal
+from runners.plan import PlannedCell
 from runners.prompts import ADJUSTED_SHARE, check_lengths
+from runners.result import head, requested
 from runners.summary import summarise, wilson
 from runners.tracking import make_tracker
 
@@ -47,25 +48,6 @@ log = logging.getLogger(__name__)
 _PLAIN_SHARE, _PLAIN_SECONDS = 0.1, 30.0
 _DRAWS = 1000
 """Of the library's bootstrap, for metrics without a standard error in closed form."""
-
-
-def run(config: RunConfig) -> CellOutcome:
-    """Run one cell, or read back what an earlier run of it left."""
-    plan = planned(config)
-    stored = records.read_result(plan.directory)
-    if stored is not None and evaluate.is_done(stored, config.benchmark.limit):
-        log.info("%s is done, read back", plan.directory)
-        return CellOutcome(stored["status"], plan.directory)
-    with StopSignal() as stop:
-        try:
-            evaluate_plan(plan, stop)
-        except Interrupted:
-            return CellOutcome("interrupted", plan.directory, "stopped; the same command starts again")
-        except InfeasibleBudget as error:
-            return evaluate._without_numbers(plan, "infeasible", error)
-        except (Exception, SystemExit) as error:
-            return evaluate._without_numbers(plan, "failed", error)
-    return CellOutcome("completed", plan.directory)
 
 
 def evaluate_plan(plan: PlannedCell, stop: StopSignal) -> None:
@@ -111,7 +93,7 @@ def _evaluated(plan: PlannedCell, stop: StopSignal) -> tuple[Result, list[Line]]
         manager, names = _tasks(run)
         if run.runtime.threads is not None:
             torch.set_num_threads(run.runtime.threads)
-        loaded = work._loaded(run)
+        loaded = loading.loaded(run)
         _check_template(run, loaded)
         model = _model(run, loaded, _Progress(plan.directory.name, stop))
         results = _simple_evaluate(run, model, manager, names)
@@ -355,13 +337,13 @@ def _completed(
     groups = reported.group_scores(tasks.results, percent)
     score, notes = reported.overall(tasks.results, tasks.entries, groups)
     requests = [_request(one) for one in model.answered]
-    summary = summarise(requests, evaluate._requested(plan))
+    summary = summarise(requests, requested(plan))
     counters = {**summary["counters"], **_counts(model.answered)}
     started, seconds = taken
-    made = records.provenance(_device(loaded), started, seconds, plan.run.runtime.seed)
+    made = records.provenance(loading.device_name(loaded), started, seconds, plan.run.runtime.seed)
     made["versions"] = {**made["versions"], "lm_eval": _version()}
     return {
-        **evaluate._head(plan, "completed"),
+        **head(plan, "completed"),
         "score": score,
         **summary,
         "budget": {**summary["budget"], "attended_fraction": _attended(requests)},
@@ -378,11 +360,6 @@ def _attended(requests: Sequence[Line]) -> float:
     weights = [request["memory"]["full_kv_bytes"] for request in requests]
     shares = [request["counters"]["attended_fraction"] for request in requests]
     return fsum(w * s for w, s in zip(weights, shares, strict=True)) / fsum(weights)
-
-
-def _device(loaded: LoadedModel) -> str:
-    device = loaded.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{work._cpu_name()} (CPU)"
 
 
 def _counts(answered: Sequence[Answered]) -> dict[str, float]:

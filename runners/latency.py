@@ -24,9 +24,8 @@ from hcache import records
 from hcache.budget import Budget
 from hcache.engine import EngineSettings
 from hcache.methods import make
-from hcache.models import LoadedModel
 from hcache.records import Predictions, Result
-from runners import CellOutcome, work
+from runners import CellOutcome, loading
 from runners.baselines import TRANSFORMERS, measure_baseline
 from runners.ceilings import Ceilings, measure_ceilings
 from runners.config import RunConfig, budget_of
@@ -44,6 +43,7 @@ from runners.latency_table import show_cell
 from runners.needle import needle_ids
 from runners.plan import PlannedCell, planned
 from runners.point import Point, Task, floor_of, infeasible, measure_point
+from runners.result import head, requested
 from runners.synthetic import with_profile
 from runners.timing import median_of
 from runners.tracking import make_tracker
@@ -125,12 +125,6 @@ def _points(
         yield bench.point(*pair)
 
 
-def _device_name(loaded: LoadedModel) -> str:
-    """The machine's device in words, as evaluations record it."""
-    device = loaded.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{work._cpu_name()} (CPU)"
-
-
 def _pairs(settings: LatencySettings) -> Iterator[tuple[int, int]]:
     """Contexts and batches in the order in which they are measured: the small ones first."""
     for batch in sorted(settings.batches):
@@ -150,12 +144,12 @@ class _Bench:
             torch.set_num_threads(run.runtime.threads)
         self._run, self._settings = run, settings
         spec = cut(run, settings).model
-        self._loaded = work._loaded(cut(run, settings))
+        self._loaded = loading.loaded(cut(run, settings))
         self._key = (spec, run.runtime.device)
         if _shared.get("key") != self._key:
             _shared.clear()
             _shared["key"] = self._key
-        self.device_name = _device_name(self._loaded)
+        self.device_name = loading.device_name(self._loaded)
         method, self.notes = with_profile(run.method, spec, self._loaded.geometry)
         drift = drift_of(run)
         if drift is not None and DRIFT_EVERY[drift] is not None:
@@ -297,7 +291,8 @@ def _record(plan: PlannedCell, points: list[Point]) -> Result:
     status = "failed" if failed else "infeasible" if statuses == {"infeasible"} else "completed"
     drift = drift_of(plan.run)
     result = {
-        **_head(plan, status),
+        **head(plan, status),
+        "budget": requested(plan),
         "latency": {
             "drift": drift.value if drift else None,
             "points": [{k: v for k, v in point.items() if k not in ("task", "notes")} for point in points],
@@ -326,26 +321,9 @@ def _failed(plan: PlannedCell, error: BaseException) -> Result:
     trace = "".join(traceback.format_exception(error))
     log.warning("%s failed: %s", plan.directory, message)
     return {
-        **_head(plan, "failed"),
+        **head(plan, "failed"),
+        "budget": requested(plan),
         "error": {"type": type(error).__name__, "message": message, "traceback": trace},
         "latency": {"points": []},
         "provenance": records.provenance(None, records.now(), 0.0, plan.run.runtime.seed),
     }
-
-
-def _head(plan: PlannedCell, status: str) -> Result:
-    return {
-        "schema": records.SCHEMA,
-        "status": status,
-        "cell": plan.cell.record(),
-        "config": plan.config,
-        "config_hash": plan.cell.config_hash,
-        "budget": _requested(plan),
-    }
-
-
-def _requested(plan: PlannedCell) -> dict[str, Any]:
-    if not plan.run.method.uses_budget:
-        return {"requested_fraction": 1.0, "requested_tokens": None}
-    budget = budget_of(plan.run)
-    return {"requested_fraction": budget.kept_fraction, "requested_tokens": budget.kept_tokens}

@@ -1,7 +1,8 @@
 """runner=merge: the shards of one cell as the record that a run of the whole cell would have left.
 
 Takes the command line of the run without benchmark.shard. Either everything fits, each batch in the shard
-that benchmark.shard puts it into, or nothing is written. No model is loaded; times are those of the shards.
+that benchmark.shard puts it into, or nothing is written. Shards that had nothing to do leave no trace. No
+model is loaded; times are those of the shards.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Any
 from hcache import records
 from hcache.benchmarks.base import Shard
 from hcache.records import Line, Predictions, Result
-from runners import CellOutcome, evaluate
+from runners import CellOutcome
 from runners.config import ConfigError, RunConfig
 from runners.lines import ReadLine, read_lines
 from runners.notes import counted
 from runners.plan import PlannedCell, planned
-from runners.summary import summarise
+from runners.result import completed, head, requested
 
 log = logging.getLogger(__name__)
 DIRECTORY = "shards"
@@ -52,6 +53,11 @@ class Part:
         """As the setting benchmark.shard."""
         return _named(self.shard)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there was nothing to do: more shards than batches."""
+        return self.result["status"] == "completed" and not self.lines
+
 
 def _named(shard: Shard) -> str:
     return "/".join(map(str, shard))
@@ -80,15 +86,19 @@ def _whole(run: RunConfig) -> RunConfig:
 def _merged(plan: PlannedCell) -> CellOutcome:
     parts = _read(plan.directory)
     _check_same_cell(plan, parts)
-    if all(part.result["status"] == "infeasible" for part in parts):
-        records.write_result(plan.directory, _infeasible(plan, parts))
-        return CellOutcome("infeasible", plan.directory, f"infeasible in all {len(parts)} shards")
+    worked = [part for part in parts if not part.is_empty]
+    if not worked:
+        raise MergeError(f"none of the {len(parts)} shards has an example; run them again")
+    if all(part.result["status"] == "infeasible" for part in worked):
+        records.write_result(plan.directory, _infeasible(plan, worked))
+        return CellOutcome("infeasible", plan.directory, f"infeasible in all {len(worked)} shards")
     for part in parts:
         _check_completed(part)
-    lines = _in_order(parts)
+    lines = _in_order(worked)
     predictions = Predictions(plan.directory)
     _check_standing(predictions.path, lines)
-    result = _completed(plan, parts, lines)
+    notes, made = _notes(worked, lines), _provenance(worked, lines)
+    result = {**completed(plan, lines, notes, made), "config": _config(worked)}
     predictions.rewrite(lines)
     records.write_result(plan.directory, result)
     return CellOutcome("completed", plan.directory, f"{len(lines)} examples of {len(parts)} shards merged")
@@ -133,9 +143,19 @@ def _part(shard: Shard, directory: Path) -> Part:
     own = result["config"]["benchmark"].get("shard")
     if own != name:
         raise MergeError(f"{directory / records.RESULT_FILE} says shard {own}, its directory says {name}")
-    completed = result["status"] == "completed"
-    lines = read_lines(directory / records.PREDICTIONS_FILE) if completed else []
-    return Part(shard, directory, result, lines)
+    return Part(shard, directory, result, _lines(directory, result))
+
+
+def _lines(directory: Path, result: Result) -> list[ReadLine]:
+    """None of a shard that isn't completed, or that neither counts nor holds any. Raises LineError."""
+    path = directory / records.PREDICTIONS_FILE
+    if result["status"] != "completed" or not (result["tasks"] or _holds_lines(path)):
+        return []
+    return read_lines(path)
+
+
+def _holds_lines(path: Path) -> bool:
+    return path.exists() and bool(path.read_bytes().strip())
 
 
 def _check_same_cell(plan: PlannedCell, parts: Sequence[Part]) -> None:
@@ -218,7 +238,7 @@ def _check_places(owner: Mapping[int, Part]) -> None:
 
 def _check_standing(path: Path, lines: Sequence[Line]) -> None:
     """Raises MergeError where the cell holds lines that the shards lack: those of a run of its own."""
-    if not path.exists() or not path.read_bytes().strip():
+    if not _holds_lines(path):
         return
     merged = {(line["task"], line["id"]): line for line in lines}
     for line in read_lines(path):
@@ -229,35 +249,22 @@ def _check_standing(path: Path, lines: Sequence[Line]) -> None:
             )
 
 
-def _completed(plan: PlannedCell, parts: Sequence[Part], lines: Sequence[Line]) -> Result:
-    benchmark = plan.run.benchmark
-    summary = summarise(lines, evaluate._requested(plan), benchmark.aggregates(lines))
-    scores = {name: task["score"] for name, task in summary["tasks"].items()}
-    return {
-        **_head(plan, parts, "completed"),
-        "score": benchmark.aggregate(scores),
-        **summary,
-        "notes": _notes(parts, lines),
-        "provenance": _provenance(parts, lines),
-    }
-
-
 def _infeasible(plan: PlannedCell, parts: Sequence[Part]) -> Result:
     """With the smallest budget that would do for all shards."""
     worst = max((part.result["error"] for part in parts), key=lambda error: error["smallest_fraction"])
     return {
-        **_head(plan, parts, "infeasible"),
+        **head(plan, "infeasible"),
+        "config": _config(parts),
         "error": worst,
-        "budget": evaluate._requested(plan),
+        "budget": requested(plan),
         "provenance": parts[0].result["provenance"],
     }
 
 
-def _head(plan: PlannedCell, parts: Sequence[Part], status: str) -> Result:
-    """As the run would have written it: its configuration, not this command's."""
-    config = dict(parts[0].result["config"])
-    config["benchmark"] = {**config["benchmark"], "shard": None}
-    return {**evaluate._head(plan, status), "config": config}
+def _config(parts: Sequence[Part]) -> dict[str, Any]:
+    """That of a run of the whole cell, not this command's."""
+    config = parts[0].result["config"]
+    return {**config, "benchmark": {**config["benchmark"], "shard": None}}
 
 
 def _notes(parts: Sequence[Part], lines: Sequence[Line]) -> list[str]:

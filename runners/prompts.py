@@ -30,6 +30,10 @@ ADJUSTED_SHARE = 0.05
 """Of a task's examples, how many may run under another budget than the one asked for."""
 
 
+class EmptyShard(Exception):
+    """There are more shards than batches and none is left for this one: nothing is wrong, nothing to do."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One example as the model gets it.
@@ -64,6 +68,10 @@ def prepare(benchmark: Any, tokenizer: Any, batch_size: int, window: int) -> lis
 
     Args:
         window: positions of the model.
+
+    Raises:
+        EmptyShard: all batches are in other shards.
+        ValueError: there is no example at all, or two are alike.
     """
     wanted = benchmark.examples(tokenizer)
     everything = wanted
@@ -72,12 +80,27 @@ def prepare(benchmark: Any, tokenizer: Any, batch_size: int, window: int) -> lis
         chosen = {(e.task, e.id) for e in wanted}
         wanted = [e for e in everything if (e.task, e.id) in chosen]
     batch_of = batches(everything, batch_size)
-    of_shard = shard_of(benchmark.shard)
-    numbers = sorted({batch_of[e.task, e.id] for e in wanted})
-    mine = {number for place, number in enumerate(numbers) if of_shard is None or of_shard.takes(place)}
-    wanted = [e for e in wanted if batch_of[e.task, e.id] in mine]
-    prompts = [_prompt(benchmark, tokenizer, e, batch_of[e.task, e.id], window) for e in wanted]
+    own = _own_batches(benchmark.shard, [batch_of[e.task, e.id] for e in wanted])
+    mine = [e for e in wanted if batch_of[e.task, e.id] in own]
+    prompts = [_prompt(benchmark, tokenizer, e, batch_of[e.task, e.id], window) for e in mine]
     return sorted(prompts, key=lambda prompt: prompt.batch)
+
+
+def _own_batches(name: str | None, batch_of_each: Sequence[int]) -> set[int]:
+    """The batches of a shard, all of them where None is named: they are dealt out in turn.
+
+    batch_of_each: of every example that is to be run. Raises as `prepare`.
+    """
+    numbers, shard = sorted(set(batch_of_each)), shard_of(name)
+    if not numbers:
+        raise ValueError("there is no example to run: benchmark.tasks and benchmark.limit leave none")
+    own = {number for place, number in enumerate(numbers) if shard is None or shard.takes(place)}
+    if not own:
+        raise EmptyShard(
+            f"benchmark.shard={name} has nothing to do: {len(batch_of_each)} examples make {len(numbers)} "
+            f"batches, so {len(numbers)} shards are the most that have work"
+        )
+    return own
 
 
 def batches(examples: Sequence[Any], size: int) -> dict[tuple[str, str], int]:

@@ -1,6 +1,6 @@
 """The part of an evaluation that has the model: batches in, lines of predictions.jsonl out.
 
-The model and the prompts of the latest cell are kept, so that consecutive cells of a sweep load nothing
+The prompts of the latest cell are kept, as is its model, so that consecutive cells of a sweep make nothing
 twice. Knows nothing of records on disk, resume or trackers.
 """
 
@@ -10,20 +10,18 @@ import dataclasses
 import gc
 import json
 import logging
-import platform
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils.logging import disable_progress_bar
 
 from hcache import records
 from hcache.budget import Budget
 from hcache.engine import EngineSettings, Generation, Generator
-from hcache.models import LoadedModel, load
+from hcache.models import LoadedModel
 from hcache.records import Line
+from runners import loading
 from runners.config import RunConfig, budget_of
 from runners.prompts import Prompt, check_adjusted, check_lengths, encode, left_pad, prepare
 from runners.wording import has_template
@@ -32,7 +30,8 @@ log = logging.getLogger(__name__)
 OWN_KEYS = {"task", "id", "metric", "prediction", "answers", "score", "batch", "memory", "cut", "halved"}
 """Names in a line that no benchmark may give to what it keeps for rescoring."""
 
-_latest: dict[str, tuple[Any, Any]] = {}
+_latest: list[tuple[Any, list[Prompt]]] = []
+"""The latest prompts with what they were made for; empty before the first."""
 
 
 class Worker:
@@ -50,7 +49,7 @@ class Worker:
         if run.runtime.threads is not None:
             torch.set_num_threads(run.runtime.threads)
         self._run = run
-        self._loaded = _loaded(run)
+        self._loaded = loading.loaded(run)
         self._budget = budget_of(run)
         self._latest_generator: Generator | None = None
         self.prompts = _prompts(run, self._loaded)
@@ -62,8 +61,7 @@ class Worker:
     @property
     def device_name(self) -> str:
         """The machine's device in words."""
-        device = self._loaded.device
-        return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_name()} (CPU)"
+        return loading.device_name(self._loaded)
 
     def notes(self) -> list[str]:
         """What a reader must know: the method's notes at the shortest and the longest prompt, then others."""
@@ -217,34 +215,11 @@ def measured(generation: Generation, b: int) -> dict[str, Any]:
     }
 
 
-def _loaded(run: RunConfig) -> LoadedModel:
-    """The model of the latest cell if it is the same; otherwise that one is freed first."""
-    key = (run.model, run.runtime.device)
-    if "model" not in _latest or _latest["model"][0] != key:
-        _latest.clear()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        log.info("loading %s", run.model.name)
-        disable_progress_bar()  # transformers' own, of the weights: it would tear the cell's
-        _latest["model"] = (key, load(run.model, run.runtime.device))
-    found: LoadedModel = _latest["model"][1]
-    return found
-
-
 def _prompts(run: RunConfig, loaded: LoadedModel) -> list[Prompt]:
-    """The prompts of the latest cell if benchmark and batch size are the same; they fit the loaded model."""
-    key = (run.benchmark, run.runtime.batch_size)
-    if "prompts" not in _latest or _latest["prompts"][0] != key:
+    """The prompts of the latest cell if model, benchmark and batch size are the same."""
+    key = (run.model, run.benchmark, run.runtime.batch_size)
+    if not _latest or _latest[0][0] != key:
+        _latest.clear()
         found = prepare(run.benchmark, loaded.tokenizer, run.runtime.batch_size, loaded.context_tokens)
-        _latest["prompts"] = (key, found)
-    prompts: list[Prompt] = _latest["prompts"][1]
-    return prompts
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+        _latest.append((key, found))
+    return _latest[0][1]

@@ -23,7 +23,7 @@ from hcache.methods.heterocache import RoleSettings
 from hcache.models import checkpoint_fingerprint
 from hcache.profiling import Graph, HeadProfile
 from hcache.records import Predictions
-from runners import evaluate, interrupt, prompts, work
+from runners import evaluate, interrupt, loading, prompts, work
 from runners.config import RunConfig
 from runners.plan import planned
 from runners.tracking import NoTracker
@@ -179,7 +179,7 @@ def test_raised_limit_extends(unbroken: RunConfig, tmp_path: Path) -> None:
 
 
 def test_batches_come_from_the_full_list(checkpoint: Path, tmp_path: Path) -> None:
-    tokenizer = work._loaded(cell(checkpoint, tmp_path)).tokenizer
+    tokenizer = loading.loaded(cell(checkpoint, tmp_path)).tokenizer
     benchmark = cell(checkpoint, tmp_path, benchmark={"examples_per_task": 7}).benchmark
     everything = {p.key: p.batch for p in prompts.prepare(benchmark, tokenizer, 3, 9999)}
     for limit in (1, 2, 5, 7):
@@ -192,7 +192,7 @@ def test_batches_come_from_the_full_list(checkpoint: Path, tmp_path: Path) -> No
 
 def test_numbers_of_batches_of_one_do_not_hang_on_the_limit(checkpoint: Path, tmp_path: Path) -> None:
     """Or lines of two runs of a cell would claim to have been one batch."""
-    tokenizer = work._loaded(cell(checkpoint, tmp_path)).tokenizer
+    tokenizer = loading.loaded(cell(checkpoint, tmp_path)).tokenizer
     benchmark = cell(checkpoint, tmp_path, benchmark={"examples_per_task": 7}).benchmark
     everything = {p.key: p.batch for p in prompts.prepare(benchmark, tokenizer, 1, 9999)}
     assert len(set(everything.values())) == 14
@@ -206,7 +206,7 @@ def test_numbers_of_batches_of_one_do_not_hang_on_the_limit(checkpoint: Path, tm
 def test_shards_hold_every_batch_once(
     checkpoint: Path, tmp_path: Path, batch_size: int, limit: int | None
 ) -> None:
-    tokenizer = work._loaded(cell(checkpoint, tmp_path)).tokenizer
+    tokenizer = loading.loaded(cell(checkpoint, tmp_path)).tokenizer
     benchmark = cell(checkpoint, tmp_path, benchmark={"examples_per_task": 7, "limit": limit}).benchmark
     whole = [(p.key, p.batch) for p in prompts.prepare(benchmark, tokenizer, batch_size, 9999)]
     parts = []
@@ -215,6 +215,16 @@ def test_shards_hold_every_batch_once(
         assert own
         parts += [(p.key, p.batch) for p in own]
     assert sorted(parts) == sorted(whole)
+
+
+def test_a_benchmark_without_examples_fails_in_every_shard(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Retrieval, "examples", lambda self, tokenizer: [])
+    for shard in (None, "0/2", "1/2"):
+        outcome = evaluate.run(cell(checkpoint, tmp_path, benchmark={"shard": shard, "examples_per_task": 9}))
+        assert outcome.status == "failed"
+        assert "there is no example to run" in outcome.message
 
 
 @pytest.mark.parametrize("shard", ["3/3", "1", "a/b", "-1/2", "1/0"])
@@ -266,19 +276,23 @@ def test_one_sequence_that_does_not_fit_fails_the_cell(
     assert "out of memory" in outcome.message
 
 
-def test_consecutive_cells_load_once(
+def test_consecutive_cells_load_and_prepare_once(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loads: list[str] = []
-    original = work.load
-    monkeypatch.setattr(work, "_latest", {})
-    monkeypatch.setattr(work, "load", lambda *args: (loads.append("load"), original(*args))[1])
+    made: list[str] = []
+    load, prepare = loading.load, work.prepare
+    monkeypatch.setattr(loading, "_latest", [])
+    monkeypatch.setattr(work, "_latest", [])
+    monkeypatch.setattr(loading, "load", lambda *args: (made.append("model"), load(*args))[1])
+    monkeypatch.setattr(work, "prepare", lambda *args: (made.append("prompts"), prepare(*args))[1])
     for method in ("fullkv", "snapkv", "streaming_llm"):
         evaluated(limited(cell(checkpoint, tmp_path, method), 1))
-    assert loads == ["load"]
-    other = cell(checkpoint, tmp_path)
+    assert made == ["model", "prompts"]
+    evaluated(limited(cell(checkpoint, tmp_path, batch_size=2), 1))
+    assert made[2:] == ["prompts"]
+    other = cell(checkpoint, tmp_path, batch_size=2)
     evaluated(limited(replace(other, model=replace(other.model, attention="reference")), 1))
-    assert loads == ["load", "load"]
+    assert made[3:] == ["model", "prompts"]
 
 
 def test_fullkv_has_one_cell_whatever_the_budget(checkpoint: Path, tmp_path: Path) -> None:
@@ -297,7 +311,7 @@ def test_fullkv_has_one_cell_whatever_the_budget(checkpoint: Path, tmp_path: Pat
 def test_question_after_compression(checkpoint: Path, tmp_path: Path) -> None:
     run = cell(checkpoint, tmp_path, batch_size=3, benchmark={"query_aware": False})
     evaluated(run)
-    aware = prompts.prepare(replace(run.benchmark, query_aware=True), work._loaded(run).tokenizer, 3, 9999)
+    aware = prompts.prepare(replace(run.benchmark, query_aware=True), loading.loaded(run).tokenizer, 3, 9999)
     whole = {p.key: p.tokens for p in aware}
     for line in lines_of(run):
         assert 0 < line["prompt_tokens"] < whole[line["task"], line["id"]]
@@ -407,7 +421,9 @@ def test_sigterm_ends_after_the_batch(
         return original(self, batch)
 
     monkeypatch.setattr(work.Worker, "run", killed)
-    assert evaluate.run(run).status == "interrupted"
+    outcome = evaluate.run(run)
+    assert outcome.status == "interrupted"
+    assert "goes on from here" in outcome.message
     assert signal.getsignal(signal.SIGTERM) is handler
     assert len(lines_of(run)) == 2
     assert records.read_result(planned(run).directory) is None

@@ -33,7 +33,7 @@ from hcache.methods import METHODS, make
 from hcache.models import ModelSpec
 from hcache.records import Predictions
 from hcache.tiny.tokenizer import byte_tokenizer
-from runners import harness, interrupt, work
+from runners import evaluate, harness, interrupt, loading
 from runners.config import BudgetConfig, RunConfig, RuntimeConfig
 from runners.plan import planned
 from runners.summary import wilson
@@ -174,7 +174,7 @@ def cell(
 
 
 def evaluated(run: RunConfig) -> dict[str, Any]:
-    outcome = harness.run(run)
+    outcome = evaluate.run(run)
     assert outcome.status == "completed", outcome.message
     found = records.read_result(planned(run).directory)
     assert found is not None
@@ -203,7 +203,7 @@ def by_library(run: RunConfig, **settings: Any) -> Any:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    loaded = work._loaded(run)
+    loaded = loading.loaded(run)
     model = library_model()(
         pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=1, **settings.pop("model", {})
     )
@@ -389,7 +389,7 @@ def by_masking(model: Any, ids: list[int], continuation: list[int], kept: list[l
 
 def test_continuations_see_what_was_kept_and_nothing_else(full: RunConfig) -> None:
     """Against a full forward in which tokens behind the context are masked from what was dropped."""
-    model = work._loaded(full).model
+    model = loading.loaded(full).model
     rng = Random(3)
     ids, continuation = ([rng.randrange(256) for _ in range(n)] for n in (120, 7))
     method = make("snapkv", window=8)
@@ -417,7 +417,7 @@ def test_every_continuation_meets_a_fresh_context(checkpoint: Path, own_tasks: P
     """One by one and all of a document together: the same scores, for one token and for several."""
     run = cell(checkpoint, own_tasks, tmp_path, "snapkv", tasks=("hc_choice",), hyper={"window": 8})
     evaluated(run)
-    loaded = work._loaded(run)
+    loaded = loading.loaded(run)
     scorer = Scorer(loaded.model, run.method, "auto", seed=0)
     for line, row in zip(lines_of(run), documents(), strict=True):
         ids = loaded.tokenizer.encode(row["passage"] + "\nSay one:")
@@ -435,7 +435,7 @@ def test_other_methods_answer_every_kind(
     checkpoint: Path, own_tasks: Path, tmp_path: Path, method: str
 ) -> None:
     run = cell(checkpoint, own_tasks, tmp_path, method, tasks=ALL, kept_fraction=0.5, limit=1)
-    outcome = harness.run(run)
+    outcome = evaluate.run(run)
     if outcome.status == "infeasible":
         pytest.skip(outcome.message)
     result = records.read_result(planned(run).directory)
@@ -462,9 +462,9 @@ def test_short_sequences_of_a_batch_are_told_apart() -> None:
 
 def test_short_contexts_are_refused_or_infeasible(checkpoint: Path, own_tasks: Path, tmp_path: Path) -> None:
     none = cell(checkpoint, own_tasks, tmp_path, "snapkv", tasks=("hc_choice",), kept_fraction=0.01)
-    assert harness.run(none).status == "infeasible"
+    assert evaluate.run(none).status == "infeasible"
     some = cell(checkpoint, own_tasks, tmp_path, "snapkv", tasks=("hc_choice",), kept_fraction=0.13)
-    outcome = harness.run(some)
+    outcome = evaluate.run(some)
     assert outcome.status == "failed"
     assert "budget.kept_tokens" in outcome.message
     tokens = cell(checkpoint, own_tasks, tmp_path, "snapkv", tasks=("hc_choice",), kept_tokens=300)
@@ -569,11 +569,11 @@ def test_unknown_tasks_have_suggestions_before_the_model_loads(
 
     own = lm_eval.tasks.TaskManager(include_path=str(own_tasks), include_defaults=False)
     monkeypatch.setattr(harness, "_manager", lambda *args: own)
-    monkeypatch.setattr(work, "_loaded", lambda run: pytest.fail("the model was asked for"))
-    outcome = harness.run(cell(checkpoint, own_tasks, tmp_path, tasks=("hc_choise",)))
+    monkeypatch.setattr(loading, "loaded", lambda run: pytest.fail("the model was asked for"))
+    outcome = evaluate.run(cell(checkpoint, own_tasks, tmp_path, tasks=("hc_choise",)))
     assert outcome.status == "failed"
     assert "knows no task 'hc_choise'; did you mean 'hc_choice'" in outcome.message
-    assert "names no task" in harness.run(cell(checkpoint, own_tasks, tmp_path)).message
+    assert "names no task" in evaluate.run(cell(checkpoint, own_tasks, tmp_path)).message
     monkeypatch.undo()
     _, names = harness._tasks(cell(checkpoint, own_tasks, tmp_path, tasks=("hc_plain",)))
     assert names == ["hc_plain"]
@@ -596,11 +596,10 @@ def test_a_done_cell_is_read_back_and_a_higher_limit_runs(
     run = cell(checkpoint, own_tasks, tmp_path, tasks=("hc_choice",), limit=2)
     assert evaluated(run)["tasks"]["hc_choice"]["n"] == 2
     with monkeypatch.context() as patch:
-        patch.setattr(harness, "evaluate_plan", lambda *args: pytest.fail("it ran again"))
+        patch.setattr(evaluate, "evaluate_plan", lambda *args: pytest.fail("it ran again"))
         for limit in (2, 1):
-            assert (
-                harness.run(replace(run, benchmark=replace(run.benchmark, limit=limit))).status == "completed"
-            )
+            again = replace(run, benchmark=replace(run.benchmark, limit=limit))
+            assert evaluate.run(again).status == "completed"
     more = replace(run, benchmark=replace(run.benchmark, limit=None))
     assert planned(more).directory == planned(run).directory
     assert evaluated(more)["tasks"]["hc_choice"]["n"] == DOCUMENTS
@@ -620,18 +619,20 @@ def test_a_stop_leaves_no_result(
         return generate(self, batch)
 
     monkeypatch.setattr(HarnessLM, "_generate", stopped)
-    assert harness.run(run).status == "interrupted"
+    outcome = evaluate.run(run)
+    assert outcome.status == "interrupted"
+    assert "starts this cell again" in outcome.message
     assert records.read_result(planned(run).directory) is None
     assert lines_of(run) == []
 
 
 def test_a_failure_is_recorded(checkpoint: Path, own_tasks: Path, tmp_path: Path) -> None:
     sampled = cell(checkpoint, own_tasks, tmp_path, tasks=("hc_generate",), runtime={"temperature": 0.7})
-    assert "benchmark.gen_kwargs" in harness.run(sampled).message
+    assert "benchmark.gen_kwargs" in evaluate.run(sampled).message
     chat = cell(checkpoint, own_tasks, tmp_path, tasks=("hc_generate",), apply_chat_template=True)
-    assert "no chat template" in harness.run(chat).message
+    assert "no chat template" in evaluate.run(chat).message
     beams = cell(checkpoint, own_tasks, tmp_path, tasks=("hc_generate",), gen_kwargs="num_beams=4")
-    outcome = harness.run(beams)
+    outcome = evaluate.run(beams)
     assert outcome.status == "failed"
     assert "num_beams=4" in outcome.message
     result = records.read_result(planned(beams).directory)
@@ -662,7 +663,7 @@ def responses_of_repeats(run: RunConfig) -> list[str]:
     """What is answered to one request that is asked three times, as the library does for `repeats`."""
     from lm_eval.api.instance import Instance
 
-    model = harness._model(run, work._loaded(run), lambda kind, done, total: None)
+    model = harness._model(run, loading.loaded(run), lambda kind, done, total: None)
     asked = {"temperature": 1.5, "do_sample": True, "max_gen_toks": 16}
     request = Instance("generate_until", {}, ("some words", asked), 0, ("t", 0, 3))
     return model.generate_until([request] * 3)

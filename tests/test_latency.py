@@ -24,7 +24,7 @@ from hcache.methods.base import Usage
 from hcache.methods.snapkv import SnapKV
 from hcache.models import ModelSpec, Shape
 from hcache.profiling import HeadProfile
-from runners import baselines, checks, interrupt, latency, latency_table, point, work
+from runners import baselines, checks, interrupt, latency, latency_table, loading, point
 from runners.ceilings import measure_ceilings
 from runners.config import BudgetConfig, ConfigError, RunConfig, RuntimeConfig, register
 from runners.latency_settings import (
@@ -298,10 +298,10 @@ def test_cells_of_a_sweep_share_model_ceilings_and_baselines(
 
         return call
 
-    monkeypatch.setattr(work, "load", counted("load", work.load))
+    monkeypatch.setattr(loading, "load", counted("load", loading.load))
     monkeypatch.setattr(latency, "measure_ceilings", counted("ceilings", latency.measure_ceilings))
     monkeypatch.setattr(latency, "measure_baseline", counted("baseline", latency.measure_baseline))
-    work._latest.clear()
+    loading._latest.clear()
     both = [Baseline.sdpa, Baseline.fullkv]
     found = [
         measured(cell(tmp_path, method, fraction, baselines=both))["latency"]["points"]
@@ -653,7 +653,7 @@ def test_cell_that_could_not_begin_is_recorded_and_shown(
     def broken(*args: Any) -> Any:
         raise ValueError("no such device")
 
-    monkeypatch.setattr(work, "_loaded", broken)
+    monkeypatch.setattr(loading, "loaded", broken)
     result = measured(cell(tmp_path))
     assert (result["status"], result["latency"]["points"]) == ("failed", [])
     assert "no such device" in capsys.readouterr().out

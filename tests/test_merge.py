@@ -97,7 +97,7 @@ def refused(run: RunConfig) -> str:
     return outcome.message
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 6])
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 8])
 def test_shards_give_the_record_of_the_whole_cell(unbroken: RunConfig, tmp_path: Path, count: int) -> None:
     run = dealt_out(unbroken, tmp_path, count)
     outcome = merge.run(run)
@@ -124,6 +124,29 @@ def test_real_shards_are_merged_and_then_the_cell_is_done(
     assert [*map(line_without_timings, merged)] == [*map(line_without_timings, whole)]
     monkeypatch.setattr(evaluate, "Worker", lambda run: pytest.fail("the model was asked for"))
     assert evaluate.run(run).status == "completed"
+
+
+def test_shards_with_nothing_to_do_leave_no_trace(unbroken: RunConfig, tmp_path: Path) -> None:
+    run, whole = (limited(replace(unbroken, outputs=str(tmp_path / name)), 1) for name in ("parts", "whole"))
+    outcomes = [evaluate.run(sharded(run, f"{part}/4")) for part in range(4)]
+    assert [outcome.status for outcome in outcomes] == ["completed"] * 4
+    assert "2 examples make 2 batches, so 2 shards are the most" in outcomes[3].message
+    empty = records.read_result(shard_directory(run, "3of4"))
+    assert empty is not None
+    assert (empty["tasks"], empty["score"], empty["notes"]) == ({}, None, [outcomes[3].message])
+    assert (shard_directory(run, "3of4") / "predictions.jsonl").read_bytes() == b""
+    assert evaluate.run(whole).status == "completed"
+    assert merge.run(run).message == "2 examples of 4 shards merged"
+    found, expected = without_timings(result_of(run)), without_timings(result_of(whole))
+    expected["config"]["outputs"] = run.outputs
+    assert found == expected
+
+
+def test_an_empty_shard_is_run_when_there_is_more(unbroken: RunConfig, tmp_path: Path) -> None:
+    run = sharded(replace(unbroken, outputs=str(tmp_path)), "5/6")
+    assert "nothing to do" in evaluate.run(limited(run, 1)).message
+    assert not evaluate.run(run).message
+    assert len(Predictions(planned(run).directory).load()) == 1
 
 
 def test_order_within_a_batch_is_that_of_the_shard(unbroken: RunConfig, tmp_path: Path) -> None:
@@ -170,6 +193,18 @@ def test_lines_that_the_result_counts_and_the_file_lacks(unbroken: RunConfig, tm
     message = refused(run)
     n = sum(line["task"] == lines[-1]["task"] for line in lines)
     assert f"shard 1/2 has {n - 1} lines of task {lines[-1]['task']}, its result counts {n}" in message
+
+
+def test_an_empty_shard_that_should_not_be(unbroken: RunConfig, tmp_path: Path) -> None:
+    run = dealt_out(unbroken, tmp_path, 8)
+    lines = Predictions(shard_directory(run, "1of8")).load()
+    write(shard_directory(run, "1of8"), unbroken, "1/8", [])
+    assert f"batch {lines[0]['batch'] + 1} of shard 2/8 is number 1" in refused(run)
+    Predictions(shard_directory(run, "1of8")).append(lines)
+    assert f"shard 1/8 has {len(lines)} lines of task {lines[0]['task']}, its result counts 0" in refused(run)
+    for part in range(8):
+        write(shard_directory(run, f"{part}of8"), unbroken, f"{part}/8", [])
+    assert "none of the 8 shards has an example" in refused(run)
 
 
 @pytest.mark.parametrize("place", range(5))
@@ -299,16 +334,21 @@ def test_notes_and_provenance_of_several_machines(unbroken: RunConfig, tmp_path:
     assert result["provenance"]["dirty"] is True
 
 
-def test_infeasible_in_all_shards_or_in_some(unbroken: RunConfig, tmp_path: Path) -> None:
-    run = dealt_out(unbroken, tmp_path, 2)
-    for label, smallest in (("0of2", 0.3), ("1of2", 0.4)):
+@pytest.mark.parametrize("empty", [False, True])
+def test_infeasible_in_all_shards_or_in_some(unbroken: RunConfig, tmp_path: Path, empty: bool) -> None:
+    """A shard with nothing to do decides nothing."""
+    run = dealt_out(unbroken, tmp_path, 3 if empty else 2)
+    own = ("0of3", "2of3") if empty else ("0of2", "1of2")
+    if empty:
+        write(shard_directory(run, "1of3"), unbroken, "1/3", [])
+    for label, smallest in zip(own, (0.3, 0.4), strict=True):
         error = {"type": "InfeasibleBudget", "message": label, "smallest_fraction": smallest}
 
         def change(result: Result, error: Any = error) -> None:
             result.update(status="infeasible", error=error)
 
-        if label == "1of2":
-            assert "shard 0/2 is infeasible (0of2)" in refused(run)
+        if label == own[1]:
+            assert f"shard {own[0].replace('of', '/')} is infeasible ({own[0]})" in refused(run)
         changed(shard_directory(run, label), change)
     outcome = merge.run(run)
     assert (outcome.status, outcome.directory) == ("infeasible", planned(run).directory)

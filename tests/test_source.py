@@ -39,6 +39,9 @@ def test_a_data_dir_comes_before_data_and_the_names_in_order(tmp_path: Path) -> 
     assert local_file("bench", None, ["a", "b"]) == Path("data/bench/a")
     written(own / "b", "")
     assert local_file("bench", str(own), ["a", "b"]) == own / "b"
+    (own / "a").mkdir()
+    assert local_file("bench", str(own), ["a", "b"]) == own / "b", "a directory is no file"
+    (own / "a").rmdir()
     written(own / "a", "")
     assert local_file("bench", str(own), ["a", "b"]) == own / "a"
 
@@ -48,11 +51,12 @@ def test_a_data_dir_that_is_none() -> None:
         local_file("bench", "nowhere", ["a"])
 
 
-def test_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [ConnectionError, ValueError])
+def test_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
     import huggingface_hub
 
     def unreachable(*args: object, **kwargs: object) -> str:
-        raise ConnectionError("no route\nto host")
+        raise kind("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     with pytest.raises(DataError, match=r"data\.zip of a/b can't .*no route to host.*runner=fetch.*data_dir"):
@@ -74,6 +78,8 @@ def test_the_first_digits_of_a_commit(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_commits", asked)
     assert HubFiles("a/b", "5e628be").commit() == Commit.commit_id
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, revision, **kind: revision)
+    assert HubFiles("a/b", "5e628be").fetch("data.zip") == Path(Commit.commit_id)
     assert HubFiles("a/b", "main").commit() == "main"
     assert HubFiles("a/b", "f" * 40).commit() == "f" * 40
     with pytest.raises(ValueError, match="has no commit 1234567"):
@@ -87,10 +93,15 @@ def test_rows_are_numbered_as_in_the_file() -> None:
     assert found == [(1, {"a": 1}), (3, {"a": 2})]
 
 
-@pytest.mark.parametrize("line", [b'{"a": ', b"[1]", b"\xff\xfe", b"3"])
-def test_a_broken_row_is_an_error_or_counted(line: bytes, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [(b'{"a": ', "no JSON"), (b"[1]", "a JSON list"), (b"\xff\xfe", "no JSON"), (b"3", "a JSON int")],
+)
+def test_a_broken_row_is_an_error_or_counted(
+    line: bytes, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
     content = b'{"a": 1}\n' + line + b'\n{"a": 3}\n'
-    with pytest.raises(RowError, match=r"f\.jsonl row 2: is .*skip_bad_rows=true"):
+    with pytest.raises(RowError, match=rf"f\.jsonl row 2: is {reason}.*skip_bad_rows=true"):
         list(Rows("f.jsonl").lines(io.BytesIO(content)))
     rows = Rows("f.jsonl", skip=True)
     with caplog.at_level(logging.WARNING):
@@ -108,7 +119,8 @@ def test_zip_files(tmp_path: Path) -> None:
     path = tmp_path / "data.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("data/b.jsonl", "{}" * 5000)
-    archive, name = zip_member(path, ["a.jsonl", "data/b.jsonl"])
+        archive.writestr("e", "")
+    archive, name = zip_member(path, ["a.jsonl", "data/b.jsonl", "e"])
     with archive:
         assert archive.read(name)[:2] == b"{}"
     with pytest.raises(DataError, match=r"holds none of c, d"):
@@ -180,14 +192,18 @@ templates = {"a": "one " + "two" + "\\nthree", "b": ["x", ("y", 1)], "n": -3}
 computed = {"a": os.getcwd()}
 other = templates
 both = first = "no"
+other.attribute = "no"
 mixed = {"a": 1 + 2}
+formatted = "no" % "no"
+spread = {**templates}
+last = ()
 """
 
 
 def test_literals_are_read_and_nothing_is_run(tmp_path: Path) -> None:
     written(tmp_path / "here/p.py", PYTHON)
     found = pinned(PYTHON, "p.py").literals(str(tmp_path / "here"))
-    assert found == {"templates": {"a": "one two\nthree", "b": ["x", ["y", 1]], "n": -3}}
+    assert found == {"templates": {"a": "one two\nthree", "b": ["x", ["y", 1]], "n": -3}, "last": []}
     written(tmp_path / "here/p.py", "a = (")
     with pytest.raises(DataError, match="is no Python"):
         pinned(PYTHON, "p.py").literals(str(tmp_path / "here"))

@@ -12,6 +12,7 @@ from runners.prompts import _first
 from runners.wording import SPARE_TOKENS, frame_of, shortened, worded
 
 EXAMPLE = Example("t", "0", "some context. ", "what is it? ", "It is", ("x",), 5, (), "exact", chat=True)
+LONG = replace(EXAMPLE, context="".join(f"c{i} " for i in range(90)))
 
 
 class Words:
@@ -82,6 +83,7 @@ def test_a_template_without_the_message_is_refused() -> None:
 def test_a_start_token_of_the_template_is_not_doubled() -> None:
     tokenizer = Words(PLAIN)
     assert _first(tokenizer, "a b").tolist().count(0) == 1
+    assert _first(tokenizer, "a b<s>").tolist().count(0) == 1
     assert _first(tokenizer, "<s> [U]a b").tolist().count(0) == 0  # with its space it is a word here
 
 
@@ -103,18 +105,39 @@ def test_what_fits_stays_as_it_is() -> None:
     assert shortened(Words(), "a b ", "c", 3)[2]
 
 
+def test_two_tokens_are_the_fewest_that_are_kept() -> None:
+    assert shortened(Words(), "a b ", "c", 2) == ("", "c", True)
+    for most in (1, 0, -5):
+        with pytest.raises(ValueError, match=f"window leaves {most} tokens"):
+            shortened(Words(), "a b ", "c", most)
+
+
 def test_a_question_longer_than_half_keeps_its_end() -> None:
     assert shortened(Words(), "a b c d ", "e f g h i j", 6) == ("a b ", "h i j", True)
 
 
 def test_a_rule_that_leaves_no_room_for_the_answer_is_lowered() -> None:
     tokenizer = Words(PLAIN)
-    example = replace(EXAMPLE, context="".join(f"c{i} " for i in range(90)))
-    words = worded(tokenizer, example, 1000, 60)
+    words = worded(tokenizer, LONG, 1000, 60)
     assert words.cut
     total = len(tokenizer.encode(words.context + words.question))
-    assert 30 < total <= 60 - example.max_new_tokens - SPARE_TOKENS + 2
-    assert not worded(tokenizer, example, 1000, 500).cut
+    assert 30 < total <= 60 - LONG.max_new_tokens - SPARE_TOKENS + 2
+    assert not worded(tokenizer, LONG, 1000, 500).cut
+
+
+def test_a_rule_is_of_context_and_question_alone() -> None:
+    words = worded(Words(PLAIN), LONG, 20, 500)
+    middle = words.context.removeprefix("<s>[U]") + words.question.removesuffix("[A]It is")
+    assert len(Words().encode(middle)) == 20
+
+
+@pytest.mark.parametrize("prefix", ["It is", "It " * 15])
+def test_a_lowered_rule_leaves_room_for_frame_and_answer(prefix: str) -> None:
+    """Even where the frame or the beginning of the answer takes most of the window."""
+    tokenizer = Words("<s>{system}" + "be kind " * 20 + "[U]{user}" + "be brief " * 10 + "[A]")
+    words = worded(tokenizer, replace(LONG, answer_prefix=prefix), 1000, 110)
+    total = len(tokenizer.encode(words.context + words.question)) + LONG.max_new_tokens
+    assert 110 - SPARE_TOKENS - 4 <= total <= 110
 
 
 def test_a_window_without_room_is_refused() -> None:

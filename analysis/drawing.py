@@ -1,0 +1,95 @@
+"""What all figures share: matplotlib's settings, the sheet, quiet axes, the small text at the foot, the file.
+
+matplotlib is imported when something is drawn, since tables need none. Knows nothing of records or methods
+(the looks of methods are in analysis.styles).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".pdf", ".svg")
+WIDTH = 8.0
+"""Inches of a figure as wide as a page."""
+LEFT = 0.6
+"""Inches before the panels, where the text at the foot begins as well."""
+
+_DPI = 150
+_LINE = 0.155  # inches of a line of small text
+_CHARACTERS = 17.5  # of small text in an inch of the figure's width
+_SETTINGS: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.linewidth": 0.7,
+    "hatch.linewidth": 0.4,
+    "svg.hashsalt": "hcache",  # names of svg elements come from it, not from chance
+}
+# What would make two files of one figure differ, or tie a file to a version.
+_METADATA: dict[str, dict[str, None]] = {
+    ".png": {"Software": None},
+    ".pdf": {"CreationDate": None},
+    ".svg": {"Date": None},
+}
+
+
+def check(out: Path) -> None:
+    """Raise ValueError where no figure can be written to `out`; said before records are read."""
+    if out.suffix not in SUFFIXES:
+        raise ValueError(f"--out {out}: the suffix must be one of {', '.join(SUFFIXES)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("figures need matplotlib, which is not installed: pip install 'hcache[analysis]'")
+
+
+def write(draw: Callable[[], Figure], out: Path) -> None:
+    """Draw and write with our settings alone, whatever the user's matplotlibrc says; the suffix decides the
+    format. The same figure gives the same file."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        figure = draw()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, format=out.suffix[1:], metadata=_METADATA[out.suffix])
+
+
+def sheet(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=_DPI)
+
+
+def quiet(axis: Axes) -> None:
+    """A light grid behind the data, and no lines above and at the right."""
+    axis.grid(color="0.9", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+# --- the text at the foot
+
+
+def wrapped(texts: Iterable[str], width: float = WIDTH) -> list[str]:
+    """Lines of small text for a figure of this width in inches; each text begins a line."""
+    return [line for text in texts for line in textwrap.wrap(text, int(_CHARACTERS * width))]
+
+
+def foot_inches(lines: Sequence[str]) -> float:
+    """The height that these lines take, with what parts them from what is above."""
+    return _LINE * (len(lines) + 0.5)
+
+
+def write_foot(figure: Figure, lines: Sequence[str]) -> None:
+    """Put the lines at the foot of the figure."""
+    width, height = figure.get_size_inches()
+    style: dict[str, Any] = {"fontsize": 6.8, "color": "0.3", "va": "bottom", "linespacing": 1.4}
+    figure.text(LEFT / width, 0.06 / height, "\n".join(lines), **style)
