@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +26,7 @@ __all__ = [
     "Tree",
     "by_task",
     "shard_of",
+    "texts_of",
     "tree_mean",
 ]
 
@@ -36,6 +37,14 @@ def by_task(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     for line in lines:
         found.setdefault(line["task"], []).append(line["score"])
     return found
+
+
+def texts_of(answers: Any) -> tuple[str, ...]:
+    """Answers as a row or a record has them, as texts: one that stands alone is one of one, None is none."""
+    if answers is None:
+        return ()
+    alone = isinstance(answers, str) or not isinstance(answers, Iterable)
+    return tuple(str(answer) for answer in ((answers,) if alone else answers))
 
 
 @dataclass(frozen=True)
@@ -173,11 +182,12 @@ class Benchmark(ABC):
         return text.strip()
 
     @abstractmethod
-    def score(self, example: Example | str, prediction: str, answers: Sequence[str], **extra: Any) -> float:
+    def score(self, example: Example | str, prediction: str, answers: Any, **extra: Any) -> float:
         """Score of one prediction, 0 to 1.
 
         Args:
             example: the example, or the name of its task; then `extra` holds what the example's would.
+            answers: as the example or the data's row has them: a list, or one that stands alone.
         """
 
     def aggregates(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Tree]:

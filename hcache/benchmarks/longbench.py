@@ -16,7 +16,7 @@ from string import Formatter
 from typing import Any, NamedTuple
 
 from hcache.benchmarks import prompt_files
-from hcache.benchmarks.base import BENCHMARKS, Example, FileBenchmark, Tree, by_task
+from hcache.benchmarks.base import BENCHMARKS, Example, FileBenchmark, Tree, by_task, texts_of
 from hcache.benchmarks.longbench_rows import ARCHIVE, Record, names_of, records, short
 from hcache.benchmarks.longbench_tasks import (
     BUCKETS,
@@ -154,7 +154,7 @@ class LongBench(FileBenchmark):
         """All of it: nothing is stripped, and the score takes the first line where that is the rule."""
         return text
 
-    def score(self, example: Example | str, prediction: str, answers: Sequence[str], **extra: Any) -> float:
+    def score(self, example: Example | str, prediction: str, answers: Any, **extra: Any) -> float:
         """The task's metric, the best over the answers.
 
         Args:
@@ -172,7 +172,7 @@ class LongBench(FileBenchmark):
         if self.protocol == "kvpress" and task in TABLE:
             prediction = prediction.lstrip()
         try:
-            return scoring.best(known.metric, prediction, answers, extra.get("all_classes"))
+            return scoring.best(known.metric, prediction, texts_of(answers), extra.get("all_classes"))
         except ValueError as error:
             raise ValueError(f"benchmark 'longbench', task '{task}': {error}") from error
 

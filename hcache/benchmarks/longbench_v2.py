@@ -15,7 +15,7 @@ from typing import Any
 
 from hcache import records
 from hcache.benchmarks import prompt_files
-from hcache.benchmarks.base import BENCHMARKS, Example, FileBenchmark, Tree
+from hcache.benchmarks.base import BENCHMARKS, Example, FileBenchmark, Tree, texts_of
 from hcache.benchmarks.json_array import objects
 from hcache.benchmarks.prompt_files import PromptFile
 from hcache.benchmarks.scoring.longbench_v2 import (
@@ -256,7 +256,7 @@ class LongBenchV2(FileBenchmark):
 
     # --- scores
 
-    def score(self, example: Example | str, prediction: str, answers: Sequence[str], **extra: Any) -> float:
+    def score(self, example: Example | str, prediction: str, answers: Any, **extra: Any) -> float:
         """1 if the reply chooses the right letter, else 0; a reply without an answer is wrong.
 
         Args:
@@ -269,10 +269,11 @@ class LongBenchV2(FileBenchmark):
         task = example if isinstance(example, str) else example.task
         if task != TASK:
             raise ValueError(f"benchmark '{TASK}': {unknown_name('task', task, [TASK])}")
-        if len(answers) != 1:
-            raise ValueError(f"benchmark '{TASK}': there is one right answer, got {list(answers)}")
+        right = texts_of(answers)
+        if len(right) != 1:
+            raise ValueError(f"benchmark '{TASK}': there is one right answer, got {list(right)}")
         known = extra if isinstance(example, str) else {**example.extra, **extra}
-        return score(prediction, answers[0], *self._reading(known))
+        return score(prediction, right[0], *self._reading(known))
 
     def _reading(self, known: Mapping[str, Any]) -> tuple[str, str | None]:
         """(extraction, model family): what a line or an example says, else the settings'."""

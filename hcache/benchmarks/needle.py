@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 from hcache import records
-from hcache.benchmarks.base import BENCHMARKS, Benchmark, Example, Tree
+from hcache.benchmarks.base import BENCHMARKS, Benchmark, Example, Tree, texts_of
 from hcache.benchmarks.scoring.needle import SCORES
 from hcache.benchmarks.source import DataError
 from hcache.registry import unknown_name
@@ -264,27 +264,28 @@ class Needle(Benchmark):
             )
         return found
 
-    def score(self, example: Example | str, prediction: str, answers: Sequence[str], **extra: Any) -> float:
+    def score(self, example: Example | str, prediction: str, answers: Any, **extra: Any) -> float:
         """Share of the answer's words that the response has, or ROUGE-1 F against the needle.
 
         Args:
             answers: one text: the answer for `recall`, the needle for `rouge1`.
-            extra: `rule`, which of the two; without it, the setting `metric`.
+            extra: `rule` or `metric`, which of the two; without, the setting.
 
         Raises:
             ValueError: an unknown task or rule, or not one text.
         """
         task = example if isinstance(example, str) else example.task
         kind, _, length = task.partition("_")
-        if kind != "needle" or not length.isdigit():
-            known = [_task(length) for length in self.lengths]
-            raise ValueError(f"benchmark 'needle': {unknown_name('task', task, known)}")
-        rule = (extra if isinstance(example, str) else example.extra).get("rule", self.metric)
+        if kind != "needle" or not (length.isdigit() or task == kind):
+            raise ValueError(f"benchmark 'needle': {unknown_name('task', task, map(_task, self.lengths))}")
+        known = extra if isinstance(example, str) else example.extra
+        rule = known.get("rule") or known.get("metric") or self.metric
         if rule not in SCORES:
             raise ValueError(f"benchmark 'needle': {unknown_name('rule', str(rule), SCORES)}")
-        if len(answers) != 1:
-            raise ValueError(f"benchmark 'needle' compares with one text; got {len(answers)}")
-        return SCORES[rule](prediction, answers[0])
+        right = texts_of(answers)
+        if len(right) != 1:
+            raise ValueError(f"benchmark 'needle' compares with one text; got {len(right)}")
+        return SCORES[rule](prediction, right[0])
 
     def aggregates(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Tree]:
         """`overall`, the mean of the grid, and the same of every length and of every depth."""

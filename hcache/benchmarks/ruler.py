@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from hcache import records
 from hcache.benchmarks import prompt_files, ruler_hub
-from hcache.benchmarks.base import BENCHMARKS, Example, FileBenchmark, Tree
+from hcache.benchmarks.base import BENCHMARKS, Example, FileBenchmark, Tree, texts_of
 from hcache.benchmarks.ruler_fit import Maker, Room, best_size, sample
 from hcache.benchmarks.ruler_tasks import (
     NEEDLE_TASKS,
@@ -347,7 +347,7 @@ class Ruler(FileBenchmark):
         """Control characters replaced as the protocol says, no outer space."""
         return preprocessed(text, PROTOCOLS[self.protocol])
 
-    def score(self, example: Example | str, prediction: str, answers: Sequence[str], **extra: Any) -> float:
+    def score(self, example: Example | str, prediction: str, answers: Any, **extra: Any) -> float:
         """Of the needles, variables and words the share that is said; of a question, 1 if any answer is.
 
         Raises:
@@ -356,7 +356,7 @@ class Ruler(FileBenchmark):
         task, _ = split_name(example if isinstance(example, str) else example.task)
         text = preprocessed(prediction, PROTOCOLS[self.protocol])
         rule = string_match_part if _metric(task) == "string_match_part" else string_match_all
-        return rule(text, answers)
+        return rule(text, texts_of(answers))
 
     def aggregates(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Tree]:
         """Each length's mean of its tasks; `empty_predictions` is the share of those, which is no score."""
