@@ -24,8 +24,9 @@ from hcache.budget import Budget
 from hcache.engine import EngineSettings, Generation, Generator
 from hcache.models import LoadedModel, load
 from hcache.records import Line
+from hcache.stops import stop_ids
 from runners.config import RunConfig, budget_of
-from runners.prompts import Prompt, check_adjusted, check_lengths, encode, left_pad, prepare
+from runners.prompts import Prompt, check_adjusted, check_lengths, left_pad, prepare
 from runners.wording import has_template
 
 log = logging.getLogger(__name__)
@@ -134,11 +135,12 @@ class Worker:
             ids,
             mask,
             max_new_tokens=first.max_new_tokens,
-            stop=[encode(tokenizer, text, start=False).tolist() for text in first.stop],
+            stop=[stop_ids(tokenizer, text) for text in first.stop],
             seed=runtime.seed,
             follow_up=left_pad(follow_ups, pad) if follow_ups else None,
             temperature=runtime.temperature,
             top_p=runtime.top_p,
+            never_empty=first.never_empty,
         )
 
     def _generator(self, budget: Budget) -> Generator:

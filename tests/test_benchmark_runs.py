@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import run
-from hcache import records
+from hcache import Generator, records
 from hcache.records import Predictions
 from hcache.tiny.prose import prose
 from runners import interrupt
@@ -24,7 +24,7 @@ from tests.cells import line_without_timings, without_timings
 from tests.test_ruler import CONSTANTS
 
 METHODS = "fullkv,streaming_llm,h2o,snapkv,pyramidkv,cake,quest,shadowkv,omnikv,heterocache"
-TASKS = ("qasper", "trec", "gov_report", "lcc")
+TASKS = ("qasper", "trec", "gov_report", "lcc", "samsum")
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +146,30 @@ def test_every_method_runs(name: str, tmp_path: Path) -> None:
         assert result["config"]["benchmark"]["protocol"]
     if name != "infinitebench":
         assert all(result["aggregates"] for result in found)
+
+
+def test_samsum_ends_at_a_line_break_and_never_begins_with_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the official code's terms; heterocache asks every task for a first token, and for no line break."""
+    asked: list[dict[str, Any]] = []
+    real = Generator.generate
+
+    def noting(self: Generator, *args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Generator, "generate", noting)
+    line = [*command("longbench", tmp_path), "method=fullkv", "benchmark.limit=1"]
+    for protocol in ("official", "heterocache"):
+        assert run.main([*line, "benchmark.tasks=[samsum,qasper]", f"benchmark.protocol={protocol}"]) == 0
+    newline = [ord("\n")]
+    assert [(kwargs["never_empty"], kwargs["stop"]) for kwargs in asked] == [
+        (True, [newline]),
+        (False, []),
+        (True, []),
+        (True, []),
+    ]
 
 
 def the_plan(lines: Sequence[str]) -> PlannedCell:

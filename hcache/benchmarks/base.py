@@ -62,6 +62,7 @@ class Example:
         extra: whatever else scoring needs, as JSON data.
         chat: the protocol puts context and question into the model's chat template, if it has one.
         system: the system message there; None for none.
+        never_empty: the first token of the answer may not be one that ends it.
     """
 
     task: str
@@ -76,6 +77,7 @@ class Example:
     extra: dict[str, Any] = field(default_factory=dict)
     chat: bool = False
     system: str | None = None
+    never_empty: bool = False
 
     @property
     def prompt(self) -> str:

@@ -136,6 +136,7 @@ class LongBench(FileBenchmark):
             metric=known.metric,
             extra=extra,
             chat=known.chat,
+            never_empty=self.protocol == "heterocache" or (self.protocol == "official" and bool(known.stop)),
         )
 
     def _answer_tokens(self, prompts: _Prompts, base: str) -> int:

@@ -26,6 +26,7 @@ from hcache.harness.likelihood import Context, Scorer, exact_measure, uncompress
 from hcache.methods import Method
 from hcache.models import LoadedModel
 from hcache.records import now
+from hcache.stops import stop_ids
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -298,7 +299,7 @@ class HarnessLM(TemplateLM):
 
     def _stops(self, wish: Wish) -> list[list[int]]:
         """Stop texts as token ids, and the token that ends a text."""
-        texts = [self.tokenizer.encode(stop, add_special_tokens=False) for stop in wish.stop]
+        texts = [stop_ids(self.tokenizer, stop) for stop in wish.stop]
         return [*texts, [self.eot_token_id]]
 
     def _seed(self, wish: Wish) -> int:
