@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, NamedTuple
@@ -22,6 +22,7 @@ __all__ = [
     "Benchmark",
     "Example",
     "FileBenchmark",
+    "Second",
     "Shard",
     "Tree",
     "by_task",
@@ -47,6 +48,19 @@ def texts_of(answers: Any) -> tuple[str, ...]:
     return tuple(str(answer) for answer in ((answers,) if alone else answers))
 
 
+class Second(NamedTuple):
+    """A short prompt that follows the first one's reply and begins anew: nothing is left in the cache.
+
+    Args:
+        before, after: what stands around the reply.
+        max_new_tokens: of the answer.
+    """
+
+    before: str
+    after: str
+    max_new_tokens: int
+
+
 @dataclass(frozen=True)
 class Example:
     """One prompt, `context + question + answer_prefix`, and what is right.
@@ -63,6 +77,7 @@ class Example:
         chat: the protocol puts context and question into the model's chat template, if it has one.
         system: the system message there; None for none.
         never_empty: the first token of the answer may not be one that ends it.
+        second: the prompt whose reply is the answer, where that of the first one isn't.
     """
 
     task: str
@@ -78,11 +93,19 @@ class Example:
     chat: bool = False
     system: str | None = None
     never_empty: bool = False
+    second: Second | None = None
 
     @property
     def prompt(self) -> str:
         """The whole prompt, as a model sees it when the question is known while compressing."""
         return self.context + self.question + self.answer_prefix
+
+    def asked_again(self, reply: str) -> Example:
+        """The example whose prompt is the second one, after this reply to the first."""
+        assert self.second is not None, "the first reply is the answer"
+        before, after, tokens = self.second
+        context = before + reply.strip()
+        return replace(self, context=context, question=after, max_new_tokens=tokens, second=None)
 
 
 class Shard(NamedTuple):

@@ -16,7 +16,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hcache.benchmarks import prompt_files
 from hcache.benchmarks.base import BENCHMARKS, Example, FileBenchmark, Tree, by_task
 from hcache.benchmarks.prompt_files import PromptFile
 from hcache.benchmarks.scoring import infinitebench as scoring
@@ -292,16 +291,10 @@ class InfiniteBench(FileBenchmark):
     def _pinned_prompts(self) -> bool:
         return self.prompt_dir is None or self._protocol.prompts.matches(self.prompt_dir)
 
-    def _prompt_path(self) -> Path:
-        """Where the prompts lie, or will lie once they are fetched."""
-        prompts = self._protocol.prompts
-        cache = prompt_files.CACHE / "prompts" / prompts.repository / prompts.commit
-        return (cache if self.prompt_dir is None else Path(self.prompt_dir).expanduser()) / prompts.path
-
     def files(self) -> list[Path]:
         """Get rows and prompts; where they lie. Raises DataError where that fails."""
         self._protocol.prompts.text(self.prompt_dir)
-        return [*(self._data(task) for task in self.tasks), self._prompt_path()]
+        return [*(self._data(task) for task in self.tasks), self._protocol.prompts.place(self.prompt_dir)]
 
     def identity(self) -> dict[str, Any]:
         """Digest of local files or revision on the Hub, and the commit or digest of the prompts."""
@@ -314,7 +307,9 @@ class InfiniteBench(FileBenchmark):
         own = f"{prompts.repository}@{prompts.commit}"
         return {
             "data": ", ".join(data),
-            "prompts": own if self._pinned_prompts else f"files {content_digest([self._prompt_path()])}",
+            "prompts": own
+            if self._pinned_prompts
+            else f"files {content_digest([self._protocol.prompts.place(self.prompt_dir)])}",
         }
 
     def notes(self) -> list[str]:

@@ -15,7 +15,6 @@ from statistics import fmean
 from string import Formatter
 from typing import Any, NamedTuple
 
-from hcache.benchmarks import prompt_files
 from hcache.benchmarks.base import BENCHMARKS, Example, FileBenchmark, Tree, by_task, texts_of
 from hcache.benchmarks.longbench_rows import ARCHIVE, Record, names_of, records, short
 from hcache.benchmarks.longbench_tasks import (
@@ -250,9 +249,7 @@ class LongBench(FileBenchmark):
 
     def _prompt_paths(self) -> list[Path]:
         """Where the prompts lie, or will lie once they are fetched."""
-        cache = prompt_files.CACHE / "prompts" / _REPOSITORY / _COMMIT
-        place = cache if self.prompt_dir is None else Path(self.prompt_dir).expanduser()
-        return [place / file.path for file in (TEMPLATES, ANSWER_LENGTHS)]
+        return [file.place(self.prompt_dir) for file in (TEMPLATES, ANSWER_LENGTHS)]
 
     def files(self) -> list[Path]:
         """Get data and prompts; where they lie. Raises DataError where that fails."""

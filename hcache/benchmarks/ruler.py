@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from hcache import records
-from hcache.benchmarks import prompt_files, ruler_hub
+from hcache.benchmarks import ruler_hub
 from hcache.benchmarks.base import BENCHMARKS, Example, FileBenchmark, Tree, texts_of
 from hcache.benchmarks.ruler_fit import Maker, Room, best_size, sample
 from hcache.benchmarks.ruler_tasks import (
@@ -293,9 +293,7 @@ class Ruler(FileBenchmark):
         if self.source == "hub":
             return [path for length in self.lengths for path in self._hub_files(length)]
         self._templates()
-        cached = prompt_files.CACHE / "prompts" / PROMPTS.repository / PROMPTS.commit
-        root = cached if self.prompt_dir is None else Path(self.prompt_dir).expanduser()
-        return [root / PROMPTS.path, *self._required().values()]
+        return [PROMPTS.place(self.prompt_dir), *self._required().values()]
 
     def identity(self) -> dict[str, Any]:
         """Of the rows, digests of local files, or id and commit on the Hub; else prompts, words, files."""
