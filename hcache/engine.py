@@ -33,7 +33,7 @@ from hcache.methods import Method, make
 from hcache.models.chunking import PIECE_TOKENS, chunked_mlps
 from hcache.models.projections import fused_projections
 from hcache.registry import choice
-from hcache.tape import Sampling, Tape, padded, text_span
+from hcache.tape import Sampling, Tape, barred, padded, text_span
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +178,7 @@ class Generator:
         follow_up: tuple[Tensor, Tensor | None] | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        never_empty: bool = False,
     ) -> Generation:
         """Generate until every sequence has stopped.
 
@@ -189,13 +190,14 @@ class Generator:
             seed: seeds torch for methods that draw random numbers, and for sampling.
             follow_up: (ids [B, T2], mask [B, T2] or None) fed after the prompt has been compressed.
             temperature, top_p: see Sampling; greedy by default.
+            never_empty: no end that is a single token can be chosen as the first token.
 
         Raises:
             ValueError: max_new_tokens below 1, sampling that can't be.
             InfeasibleBudget: the method can't run within the budget on these prompts.
         """
         session = self.begin(
-            input_ids, attention_mask, max_new_tokens, stop, seed, follow_up, temperature, top_p
+            input_ids, attention_mask, max_new_tokens, stop, seed, follow_up, temperature, top_p, never_empty
         )
         session.decode()
         return session.result()
@@ -211,11 +213,12 @@ class Generator:
         follow_up: tuple[Tensor, Tensor | None] | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        never_empty: bool = False,
     ) -> Session:
         """The prompt alone: a session that can be decoded. Arguments as in `generate`."""
         extra = 0 if follow_up is None else follow_up[0].shape[1]
         session = self._session(input_ids.shape[0], max_new_tokens, stop, seed, extra, temperature, top_p)
-        session.prefill(input_ids, attention_mask, follow_up)
+        session.prefill(input_ids, attention_mask, follow_up, never_empty)
         return session
 
     @torch.inference_mode()
@@ -329,7 +332,11 @@ class Session:
             captured.ticket = self._ticket
 
     def prefill(
-        self, ids: Tensor, mask: Tensor | None, follow_up: tuple[Tensor, Tensor | None] | None
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        follow_up: tuple[Tensor, Tensor | None] | None,
+        never_empty: bool = False,
     ) -> None:
         """Feed prompt and follow-up; choose the first token."""
         ids = ids.to(self._device)
@@ -345,6 +352,8 @@ class Session:
             start = self.clock.now()
             logits, next_B = self._follow(ids, mask, next_B, *follow_up)
             self.prefill_ms += self.clock.now() - start
+        if never_empty:
+            logits = barred(logits, [end[0] for end in self._ends if len(end) == 1])
         self._start(self._sampling.choose(logits), next_B)
 
     def _in_pieces(self, ids: Tensor) -> AbstractContextManager[None]:

@@ -70,6 +70,12 @@ def largest(logits_BV: Tensor) -> Tensor:
     return (piece_B1 * pieces_BPN.shape[-1] + within_BP.gather(1, piece_B1)).squeeze(1)
 
 
+def barred(logits_BV: Tensor, tokens: Sequence[int]) -> Tensor:
+    """The logits, but for `tokens`, none of which can be chosen from them."""
+    places = torch.tensor(list(tokens), dtype=torch.int64, device=logits_BV.device)
+    return logits_BV.index_fill(1, places, float("-inf"))
+
+
 class Tape(Held):
     """Tokens that came out, and which sequences have ended.
 

@@ -103,6 +103,16 @@ def _own_batches(name: str | None, batch_of_each: Sequence[int]) -> set[int]:
     return own
 
 
+def second_prompts(
+    benchmark: Any, tokenizer: Any, batch: Sequence[Prompt], replies: Sequence[str], window: int
+) -> list[Prompt]:
+    """What is asked after the replies to a batch."""
+    return [
+        _prompt(benchmark, tokenizer, prompt.example.asked_again(reply), prompt.batch, window)
+        for prompt, reply in zip(batch, replies, strict=True)
+    ]
+
+
 def batches(examples: Sequence[Any], size: int) -> dict[tuple[str, str], int]:
     """Batch number of every example: those of one task and ending, the short ones together, `size` at a time.
 
@@ -187,6 +197,16 @@ def check_lengths(
         by_tokens = budget.kept_tokens is not None
         raise max(shortages.values(), key=lambda s: s.smallest_tokens if by_tokens else s.smallest_fraction)
     return found
+
+
+def nearest_budget(method: Method, geometry: Geometry, budget: Budget, tokens: int) -> Budget:
+    """The budget asked for, or the nearest feasible one for a prompt too short for it."""
+    if method.uses_budget:
+        try:
+            method.require(geometry, budget, tokens)
+        except InfeasibleBudget as shortage:
+            return Budget(kept_tokens=max(2, shortage.smallest_tokens))
+    return budget
 
 
 def check_adjusted(prompts: Sequence[Prompt], budgets: dict[int, Budget], budget: Budget) -> None:

@@ -21,9 +21,18 @@ from hcache.budget import Budget
 from hcache.engine import EngineSettings, Generation, Generator
 from hcache.models import LoadedModel
 from hcache.records import Line
+from hcache.stops import stop_ids
 from runners import loading
 from runners.config import RunConfig, budget_of
-from runners.prompts import Prompt, check_adjusted, check_lengths, encode, left_pad, prepare
+from runners.prompts import (
+    Prompt,
+    check_adjusted,
+    check_lengths,
+    left_pad,
+    nearest_budget,
+    prepare,
+    second_prompts,
+)
 from runners.wording import has_template
 
 log = logging.getLogger(__name__)
@@ -106,21 +115,45 @@ class Worker:
     def _run_under(self, budget: Budget, batch: Sequence[Prompt]) -> list[Line]:
         started, clock = records.now(), time.perf_counter()
         generation = self._generate(budget, batch)
-        texts = [self._text(prompt, generation, b) for b, prompt in enumerate(batch)]
+        replies = [self._text(prompt, generation, b) for b, prompt in enumerate(batch)]
+        answers = self._answers(batch, replies)
         seconds = (time.perf_counter() - clock) / len(batch)
         adjusted = budget.kept_tokens if budget != self._budget else None
         return [
             {
                 **self._scored(prompt, text),
                 **measured(generation, b),
+                **of_second,
                 "batch": prompt.batch,
                 "adjusted_budget_tokens": adjusted,
                 "cut": prompt.cut,
                 "started": started,
                 "seconds": seconds,
             }
-            for b, (prompt, text) in enumerate(zip(batch, texts, strict=True))
+            for b, (prompt, (text, of_second)) in enumerate(zip(batch, answers, strict=True))
         ]
+
+    def _answers(self, batch: Sequence[Prompt], replies: Sequence[str]) -> list[tuple[str, Line]]:
+        """The replies; or those to second prompts, each with what its line says of it besides."""
+        if batch[0].example.second is None:
+            return [(reply, {}) for reply in replies]
+        loaded = self._loaded
+        prompts = second_prompts(self._run.benchmark, loaded.tokenizer, batch, replies, loaded.context_tokens)
+        _check_context(prompts, loaded)
+        budgets = [nearest_budget(self._run.method, loaded.geometry, self._budget, p.tokens) for p in prompts]
+        found: dict[int, tuple[str, Line]] = {}
+        for budget in dict.fromkeys(budgets):
+            places = [place for place, own in enumerate(budgets) if own == budget]
+            generation = self._generate(budget, [prompts[place] for place in places])
+            for b, place in enumerate(places):
+                own = {
+                    "first_reply": replies[place],
+                    "second_prompt_tokens": generation.prompt_tokens[b],
+                    "second_new_tokens": generation.lengths[b],
+                    "second_adjusted_budget_tokens": budget.kept_tokens if budget != self._budget else None,
+                }
+                found[place] = self._text(prompts[place], generation, b), own
+        return [found[place] for place in range(len(batch))]
 
     def _generate(self, budget: Budget, batch: Sequence[Prompt]) -> Generation:
         tokenizer = self._loaded.tokenizer
@@ -132,11 +165,12 @@ class Worker:
             ids,
             mask,
             max_new_tokens=first.max_new_tokens,
-            stop=[encode(tokenizer, text, start=False).tolist() for text in first.stop],
+            stop=[stop_ids(tokenizer, text) for text in first.stop],
             seed=runtime.seed,
             follow_up=left_pad(follow_ups, pad) if follow_ups else None,
             temperature=runtime.temperature,
             top_p=runtime.top_p,
+            never_empty=first.never_empty,
         )
 
     def _generator(self, budget: Budget) -> Generator:

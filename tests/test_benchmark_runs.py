@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 import run
-from hcache import records
+from hcache import Generator, records
 from hcache.records import Predictions
 from hcache.tiny.prose import prose
 from runners import interrupt
@@ -24,7 +26,7 @@ from tests.cells import line_without_timings, without_timings
 from tests.test_ruler import CONSTANTS
 
 METHODS = "fullkv,streaming_llm,h2o,snapkv,pyramidkv,cake,quest,shadowkv,omnikv,heterocache"
-TASKS = ("qasper", "trec", "gov_report", "lcc")
+TASKS = ("qasper", "trec", "gov_report", "lcc", "samsum")
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +91,11 @@ def longbench_v2(place: Path) -> None:
         for i in range(4)
     ]
     put(place / "data.json", json.dumps(rows))
-    put(place / "prompts/0shot.txt", "Text: $DOC$\nQuestion: $Q$\nA $C_A$ B $C_B$ C $C_C$ D $C_D$\n")
+    asked = "Question: $Q$\nA $C_A$ B $C_B$ C $C_C$ D $C_D$\n"
+    put(place / "prompts/0shot.txt", f"Text: $DOC$\n{asked}")
+    put(place / "prompts/0shot_cot.txt", f"Text: $DOC$\n{asked}Think:")
+    put(place / "prompts/0shot_cot_ans.txt", f"{asked}Thoughts: $COT$\nSo:")
+    put(place / "prompts/0shot_no_context.txt", asked)
 
 
 def infinitebench(place: Path) -> None:
@@ -146,6 +152,87 @@ def test_every_method_runs(name: str, tmp_path: Path) -> None:
         assert result["config"]["benchmark"]["protocol"]
     if name != "infinitebench":
         assert all(result["aggregates"] for result in found)
+
+
+def test_samsum_ends_at_a_line_break_and_never_begins_with_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the official code's terms; heterocache asks every task for a first token, and for no line break."""
+    asked: list[dict[str, Any]] = []
+    real = Generator.generate
+
+    def noting(self: Generator, *args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Generator, "generate", noting)
+    line = [*command("longbench", tmp_path), "method=fullkv", "benchmark.limit=1"]
+    for protocol in ("official", "heterocache"):
+        assert run.main([*line, "benchmark.tasks=[samsum,qasper]", f"benchmark.protocol={protocol}"]) == 0
+    newline = [ord("\n")]
+    assert [(kwargs["never_empty"], kwargs["stop"]) for kwargs in asked] == [
+        (True, [newline]),
+        (False, []),
+        (True, []),
+        (True, []),
+    ]
+
+
+@pytest.mark.parametrize("query_aware", [True, False])
+def test_thoughts_are_asked_for_and_then_the_letter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, query_aware: bool
+) -> None:
+    """Two calls a batch: the second has the replies to the first, no document, and a cache of its own."""
+    asked: list[tuple[list[str], int]] = []
+    real, replies = Generator.generate, iter(["because x", "since y", "for z", "as w"])
+
+    def noting(self: Generator, ids: Tensor, mask: Tensor, **kwargs: Any) -> Any:
+        texts = [bytes(row[own.bool()].tolist()).decode() for row, own in zip(ids, mask, strict=True)]
+        if kwargs["follow_up"] is not None:
+            more = zip(texts, *kwargs["follow_up"], strict=True)
+            texts = [text + bytes(row[own.bool()].tolist()).decode() for text, row, own in more]
+        asked.append((texts, kwargs["max_new_tokens"]))
+        found = real(self, ids, mask, **kwargs)
+        said = [next(replies) if "Think:" in text else "The correct answer is (B)" for text in texts]
+        found.lengths = [len(text) for text in said]
+        found.tokens = torch.tensor([list(text.ljust(40).encode()) for text in said])
+        return found
+
+    monkeypatch.setattr(Generator, "generate", noting)
+    line = [*command("longbench_v2", tmp_path), "method=snapkv", "budget.kept_fraction=0.1"]
+    more = ["benchmark.mode=cot", "runtime.batch_size=2", f"benchmark.query_aware={query_aware}"]
+    assert run.main([*line, *more]) == 0
+    assert [tokens for _, tokens in asked] == [8, 128, 8, 128]
+    for first, second in (asked[:2], asked[2:]):
+        for before, after in zip(first[0], second[0], strict=True):
+            assert before.startswith("Text: ")
+            assert before.endswith("Think:")
+            assert after.startswith("Question: Which?")
+            assert after.endswith("\nSo:")
+            assert len(after) < 100
+    (result,) = results(tmp_path)
+    lines = Predictions(the_plan([*line, *more]).directory).load()
+    assert sorted(li["first_reply"] for li in lines) == ["as w", "because x", "for z", "since y"]
+    thoughts = [
+        text.partition("Thoughts: ")[2][: -len("\nSo:")] for texts, _ in asked[1::2] for text in texts
+    ]
+    assert [li["first_reply"] for li in lines] == thoughts
+    assert {li["prediction"] for li in lines} == {"The correct answer is (B)"}
+    assert {(li["score"], li["second_new_tokens"]) for li in lines} == {(1.0, 25)}
+    whole = [len(text) for texts, _ in asked[1::2] for text in texts]
+    unseen = 0 if query_aware else len("\nSo:")
+    assert [li["second_prompt_tokens"] for li in lines] == [size - unseen for size in whole]
+    assert all(li["prompt_tokens"] > 700 for li in lines)  # of the document
+    assert all(li["second_adjusted_budget_tokens"] for li in lines)  # a tenth of so few is less than a window
+    assert result["score"] == 100.0
+    assert any("second prompt" in note for note in result["notes"])
+
+
+def test_guessing_runs_without_a_document(tmp_path: Path) -> None:
+    line = [*command("longbench_v2", tmp_path), "method=fullkv", "benchmark.mode=no_context"]
+    assert run.main(line) == 0
+    assert results(tmp_path)[0]["status"] == "completed"
+    assert all(li["prompt_tokens"] < 100 for li in Predictions(the_plan(line).directory).load())
 
 
 def the_plan(lines: Sequence[str]) -> PlannedCell:

@@ -8,6 +8,7 @@ import json
 import math
 import socket
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -394,10 +395,10 @@ def test_continuations_see_what_was_kept_and_nothing_else(full: RunConfig) -> No
     ids, continuation = ([rng.randrange(256) for _ in range(n)] for n in (120, 7))
     method = make("snapkv", window=8)
     scorer = Scorer(model, method, "auto", seed=0)
-    context = scorer.compress(ids, Budget(kept_fraction=0.25))
-    assert not context.whole
+    context = scorer.compress([ids], Budget(kept_fraction=0.25))
+    assert context.whole == [False]
     kept = [context.cache.kept(layer)[0] for layer in range(2)]
-    found = scorer.score(context, continuation)
+    ((found,),) = scorer.score(context, [[continuation]])
     with torch.inference_mode():
         log_probs = by_masking(model, ids, continuation, kept).log_softmax(-1)
     expected = sum(float(row[token]) for row, token in zip(log_probs, continuation, strict=True))
@@ -408,9 +409,8 @@ def test_continuations_see_what_was_kept_and_nothing_else(full: RunConfig) -> No
         for _ in range(3):
             likeliest.append(int(by_masking(model, ids, [*likeliest, 0], kept)[-1].argmax()))
     for tokens, expected_greedy in ((likeliest, True), ([*likeliest[:2], likeliest[2] - 1], False)):
-        assert (
-            scorer.score(scorer.compress(ids, Budget(kept_fraction=0.25)), tokens).greedy is expected_greedy
-        )
+        fresh = scorer.compress([ids], Budget(kept_fraction=0.25))
+        assert scorer.score(fresh, [[tokens]])[0][0].greedy is expected_greedy
 
 
 def test_every_continuation_meets_a_fresh_context(checkpoint: Path, own_tasks: Path, tmp_path: Path) -> None:
@@ -421,13 +421,109 @@ def test_every_continuation_meets_a_fresh_context(checkpoint: Path, own_tasks: P
     scorer = Scorer(loaded.model, run.method, "auto", seed=0)
     for line, row in zip(lines_of(run), documents(), strict=True):
         ids = loaded.tokenizer.encode(row["passage"] + "\nSay one:")
-        alone = [
-            scorer.score(
-                scorer.compress(ids, Budget(kept_fraction=0.25)), loaded.tokenizer.encode(" " + choice)
-            )
-            for choice in row["choices"]
-        ]
-        assert line["log_likelihoods"] == pytest.approx([each.log_prob for each in alone], abs=1e-4)
+        alone = []
+        for choice in row["choices"]:
+            fresh = scorer.compress([ids], Budget(kept_fraction=0.25))
+            alone.append(scorer.score(fresh, [[loaded.tokenizer.encode(" " + choice)]])[0][0].log_prob)
+        assert line["log_likelihoods"] == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "hyper"),
+    [
+        ("fullkv", {}),
+        ("snapkv", {"window": 8}),
+        ("h2o", {}),
+        ("streaming_llm", {}),
+        ("quest", {}),
+        ("shadowkv", {}),
+        ("omnikv", {}),
+    ],
+)
+def test_continuations_side_by_side_are_those_one_by_one(
+    checkpoint: Path, own_tasks: Path, tmp_path: Path, method: str, hyper: dict[str, Any]
+) -> None:
+    """Of contexts and continuations of any lengths, of one token and of several."""
+    tasks = ("hc_choice", "hc_cloze", "hc_plain")
+    found = []
+    for size in (1, 3, 64):
+        runtime = {"batch_size": size}
+        run = cell(
+            checkpoint,
+            own_tasks,
+            tmp_path,
+            method,
+            tasks=tasks,
+            kept_fraction=0.7,
+            hyper=hyper,
+            runtime=runtime,
+        )
+        evaluated(run)
+        lines = lines_of(run)
+        found.append({(li["task"], li["id"]): li["log_likelihoods"] for li in lines})
+        assert max(Counter(li["batch"] for li in lines).values()) >= min(size, 2)
+    assert all(abs(value) > 0.1 for values in found[0].values() for value in values)
+    for others in found[1:]:
+        assert others.keys() == found[0].keys()
+        for key, values in found[0].items():
+            assert others[key] == pytest.approx(values, abs=2e-4), key
+
+
+@pytest.mark.parametrize("method", ["fullkv", "snapkv", "quest"])
+def test_contexts_of_any_length_are_scored_side_by_side(full: RunConfig, method: str) -> None:
+    """Those of one token share the context of the one that is fed; padded or not, each is as if alone."""
+    rng = Random(5)
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(256) for _ in range(count)]
+
+    scorer = Scorer(loading.loaded(full).model, make(method), "auto", seed=0)
+    budget = Budget(kept_fraction=0.7)
+    for lengths, fed in (((90, 120, 101), (4, 3, 9)), ((90, 90, 90), (3, 7, 4)), ((90, 95, 99), (2, 2, 2))):
+        contexts = [tokens(count) for count in lengths]
+        asked = [[tokens(1), tokens(count), tokens(1)] for count in fed]
+        for wanted in (asked, [[one[0], one[2]] for one in asked]):
+            together = scorer.compress(contexts, budget)
+            found = scorer.score(together, wanted)
+            assert together.generation.prompt_tokens == list(lengths)
+            for context, one, likelihoods in zip(contexts, wanted, found, strict=True):
+                for own, likelihood in zip(one, likelihoods, strict=True):
+                    ((alone,),) = scorer.score(scorer.compress([context], budget), [[own]])
+                    assert likelihood.log_prob == pytest.approx(alone.log_prob, abs=1e-4)
+                    assert likelihood.greedy == alone.greedy
+
+
+def test_continuations_of_one_token_share_a_context() -> None:
+    from hcache.harness.model import Label, _apart, _Pair
+
+    def pairs(*sizes: int) -> list[_Pair]:
+        return [_Pair(i, Label("t", 0), [1, 2], [3] * size, 0) for i, size in enumerate(sizes)]
+
+    for sizes, jobs in (
+        ((1, 1), [[0, 1]]),
+        ((2,), [[0]]),
+        ((3, 1, 2, 1), [[1, 3, 0], [2]]),
+        ((2, 3, 4), [[0], [1], [2]]),
+    ):
+        assert [[pair.place for pair in job] for job in _apart(pairs(*sizes))] == jobs
+
+
+def test_contexts_are_compressed_no_more_often_than_needed(
+    checkpoint: Path, own_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for each continuation of several tokens, side by side as far as they go."""
+    run = cell(checkpoint, own_tasks, tmp_path, "snapkv", tasks=SCORED, runtime={"batch_size": 5})
+    compressed: list[int] = []
+    real = Scorer.compress
+
+    def counting(self: Scorer, contexts: Any, budget: Any) -> Any:
+        compressed.append(len(contexts))
+        return real(self, contexts, budget)
+
+    monkeypatch.setattr(Scorer, "compress", counting)
+    counts = evaluated(run)["counters"]
+    assert sum(compressed) == counts["requests"] == 4 * DOCUMENTS
+    assert sorted(compressed) == [3, 4, 5]  # " x" is a step, the others are blocks
 
 
 @pytest.mark.parametrize("method", ["streaming_llm", "quest", "shadowkv", "omnikv"])

@@ -14,7 +14,8 @@ import yaml
 from hcache import benchmarks
 from hcache.benchmarks import infinitebench, prompt_files
 from hcache.benchmarks.base import BENCHMARKS, Example, tree_mean
-from hcache.benchmarks.infinitebench import HETEROCACHE, OFFICIAL, TABLE, TASKS, InfiniteBench
+from hcache.benchmarks.infinitebench import InfiniteBench
+from hcache.benchmarks.infinitebench_tasks import HETEROCACHE, OFFICIAL, TABLE, TASKS
 from hcache.benchmarks.scoring import infinitebench as scoring
 from hcache.benchmarks.source import DataError, HubFiles, RowError
 

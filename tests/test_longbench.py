@@ -288,6 +288,7 @@ def test_prompts_are_the_whole_template_split_behind_the_context(home: Path, tas
     assert example.context == template.split("{context}")[0].format() + data["context"]
     assert example.chat == (task not in ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"))
     assert example.stop == (("\n",) if task == "samsum" else ())
+    assert example.never_empty == (task == "samsum")
     json.dumps(example.extra)
 
 
@@ -391,6 +392,7 @@ def test_protocols(home: Path) -> None:
     assert [b.longest_prompt(32_000) for b in (official, heterocache, kvpress)] == [31_500, 128_500, None]
     examples = [b.examples(None)[0] for b in (official, heterocache, kvpress)]
     assert [e.stop for e in examples] == [("\n",), (), ("\n",)]
+    assert [e.never_empty for e in examples] == [True, True, False]
     tokens = 10 + TASKS.index("samsum")
     assert [e.max_new_tokens for e in examples] == [tokens, tokens, tokens + 20]
     assert len({e.prompt for e in examples}) == 1

@@ -22,13 +22,13 @@ from hcache.benchmarks.scoring.longbench import (
     count,
     cut_chinese,
     first_line,
-    qa_f1,
     qa_f1_zh,
     retrieval,
     retrieval_zh,
     rouge_l,
     rouge_zh,
 )
+from hcache.benchmarks.scoring.words import qa_f1
 
 # --- F1
 

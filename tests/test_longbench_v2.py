@@ -253,6 +253,106 @@ def test_protocols_differ_as_published(places: dict[str, str]) -> None:
     assert example.max_new_tokens == 4096
 
 
+THINK = "Think.\n$DOC$\n\nAsked: $Q$\nA $C_A$ B $C_B$ C $C_C$ D $C_D$\nStep by step:"
+THEN = "Left out.\nAsked: $Q$\nA $C_A$ B $C_B$ C $C_C$ D $C_D$\nThoughts: $COT$\n\nSo which?"
+GUESS = "Guess.\nAsked: $Q$\nA $C_A$ B $C_B$ C $C_C$ D $C_D$\n"
+
+
+@pytest.fixture
+def modes(places: dict[str, str]) -> dict[str, str]:
+    prompts = Path(places["prompt_dir"]) / "prompts"
+    for name, text in (("0shot_cot", THINK), ("0shot_cot_ans", THEN), ("0shot_no_context", GUESS)):
+        (prompts / f"{name}.txt").write_text(text, encoding="utf-8")
+    return places
+
+
+def test_thoughts_take_two_prompts(modes: dict[str, str]) -> None:
+    write(modes, [row(0, context=" doc $COT$ $Q$ ", question=" which $COT$? ")])
+    (example,) = LongBenchV2(mode="cot", **modes).examples(None)
+    choices = "A choice A0 B choice B0 C choice C0 D choice D0"
+    assert example.context == "Think.\ndoc $COT$ $Q$"
+    assert example.prompt == f"{example.context}\n\nAsked: which $COT$?\n{choices}\nStep by step:"
+    assert (example.max_new_tokens, example.stop, example.chat) == (1024, (), True)
+    again = example.asked_again("\n I think of $DOC$.\n")
+    assert again.context == f"Left out.\nAsked: which $COT$?\n{choices}\nThoughts: I think of $DOC$."
+    assert again.question == "\n\nSo which?"
+    assert (again.max_new_tokens, again.second) == (128, None)
+    assert (again.task, again.id, again.answers, again.chat) == ("longbench_v2", "id0", ("A",), True)
+
+
+def test_a_document_in_the_second_prompt_is_omitted(modes: dict[str, str]) -> None:
+    write(modes, [row(0)])
+    (Path(modes["prompt_dir"]) / "prompts/0shot_cot_ans.txt").write_text(f"$DOC$ {THEN}")
+    (example,) = LongBenchV2(mode="cot", **modes).examples(None)
+    assert example.asked_again("so").prompt.startswith("The text is too long and omitted here. Left out.")
+    assert "document 0" not in example.asked_again("so").prompt
+
+
+def test_a_length_of_ones_own_is_that_of_the_thoughts(modes: dict[str, str]) -> None:
+    write(modes, [row(0)])
+    (example,) = LongBenchV2(mode="cot", max_new_tokens=9, **modes).examples(None)
+    assert (example.max_new_tokens, example.asked_again("so").max_new_tokens) == (9, 128)
+
+
+def test_guessing_goes_without_the_document(modes: dict[str, str]) -> None:
+    write(modes, [row(0)])
+    (example,) = LongBenchV2(mode="no_context", **modes).examples(None)
+    assert example.prompt == GUESS.replace("$Q$", "which of four, 0?").replace("$C_", "choice ").replace(
+        "$", "0"
+    )
+    assert (example.context, example.max_new_tokens, example.second) == ("", 128, None)
+
+
+@pytest.mark.parametrize("mode", ["0shot", "cot", "no_context"])
+def test_modes_name_their_files(modes: dict[str, str], mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(modes, [row(0)])
+    benchmark = LongBenchV2(mode=mode, **modes)
+    names = {"0shot": ["0shot"], "cot": ["0shot_cot", "0shot_cot_ans"], "no_context": ["0shot_no_context"]}[
+        mode
+    ]
+    assert [path.stem for path in benchmark.files()[1:]] == names
+    unlike = "known to be the one" if mode == "no_context" else "the one"
+    wanted = [f"prompts/{name}.txt is not {unlike} of THUDM/LongBench" for name in names]
+    assert [note[: len(text)] for note, text in zip(benchmark.notes(), wanted, strict=False)] == wanted
+    before = benchmark.identity()["prompts"]
+    for name in names:
+        (Path(modes["prompt_dir"]) / f"prompts/{name}.txt").write_text("other $DOC$$COT$")
+        assert benchmark.identity()["prompts"] != before
+        before = benchmark.identity()["prompts"]
+    fetched = LongBenchV2(mode=mode, data_dir=modes["data_dir"])
+    assert fetched.identity()["prompts"] == "THUDM/LongBench@2e00731f8d0bff23dc4325161044d0ed8af94c1e"
+
+
+def test_a_file_of_unknown_hash_is_taken_from_its_commit(
+    modes: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(modes, [row(0)])
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(GUESS.encode()))
+    benchmark = LongBenchV2(mode="no_context", data_dir=modes["data_dir"])
+    assert benchmark.files()[1].read_text() == GUESS
+    with pytest.raises(DataError, match="has sha256 .* pinned is 6cc33d92"):
+        LongBenchV2(mode="cot", data_dir=modes["data_dir"]).examples(None)
+    monkeypatch.delattr("urllib.request.urlopen")
+    assert "which of four, 0?" in benchmark.examples(None)[0].prompt
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "mode", "missing"),
+    [
+        ("0shot_cot", GUESS, "cot", r"\$DOC\$"),
+        ("0shot_cot_ans", GUESS, "cot", r"\$COT\$"),
+        ("0shot_no_context", "$C_A$ $C_B$ $C_C$ $C_D$", "no_context", r"\$Q\$"),
+    ],
+)
+def test_modes_want_their_placeholders(
+    modes: dict[str, str], file: str, text: str, mode: str, missing: str
+) -> None:
+    write(modes, [row(0)])
+    (Path(modes["prompt_dir"]) / f"prompts/{file}.txt").write_text(text)
+    with pytest.raises(DataError, match=rf"prompts/{file}.txt of THUDM/LongBench has no {missing}"):
+        LongBenchV2(mode=mode, **modes).examples(None)
+
+
 def test_the_record_says_what_was_read(places: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(places, [row(0)])
     before = LongBenchV2(**places).identity()
@@ -313,6 +413,9 @@ def test_rows_come_from_the_hub_where_they_are_not_here(
         ({"model_family": "deepseek"}, "has no effect on extraction official"),
         ({"max_new_tokens": 0}, "benchmark.max_new_tokens=0 must be at least 1"),
         ({"max_length": 1}, "benchmark.max_length=1 must be at least 2"),
+        ({"mode": "cott"}, "benchmark.mode: unknown mode 'cott'; did you mean 'cot'"),
+        ({"mode": "cot", "protocol": "heterocache"}, "benchmark.mode=cot is of the official code alone"),
+        ({"mode": "no_context", "query_aware": False}, "leave benchmark.mode=no_context nothing to compress"),
     ],
 )
 def test_bad_settings_are_refused_before_a_file_is_read(settings: dict[str, Any], message: str) -> None:

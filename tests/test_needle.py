@@ -15,7 +15,8 @@ import pytest
 from hcache import benchmarks
 from hcache.benchmarks import BENCHMARKS, Example
 from hcache.benchmarks.base import tree_mean
-from hcache.benchmarks.needle import Files, Needle, Prose, Tokens, fitted
+from hcache.benchmarks.needle import Needle
+from hcache.benchmarks.needle_text import Files, Prose, Tokens, fitted
 from hcache.benchmarks.scoring.needle import recall, rouge1
 from hcache.tiny.tokenizer import byte_tokenizer
 from runners.config import RunConfig, register

@@ -9,7 +9,7 @@ import torch
 
 from hcache import tape
 from hcache.cache.room import Room, StickyRoom
-from hcache.tape import Sampling, Tape, padded, text_span
+from hcache.tape import Sampling, Tape, barred, padded, text_span
 
 
 def slow_span(tokens: list[int], ends: list[tuple[int, ...]]) -> tuple[int, int]:
@@ -19,6 +19,16 @@ def slow_span(tokens: list[int], ends: list[tuple[int, ...]]) -> tuple[int, int]
         if reached:
             return count - max(map(len, reached)), count
     return len(tokens), len(tokens)
+
+
+def test_what_is_barred_is_never_chosen() -> None:
+    logits_BV = torch.tensor([[3.0, 2.0, 1.0], [0.0, 5.0, 4.0]])
+    assert Sampling().choose(barred(logits_BV, [0, 1])).tolist() == [2, 2]
+    assert Sampling().choose(barred(logits_BV, [0])).tolist() == [1, 1]
+    assert torch.equal(barred(logits_BV, []), logits_BV)
+    torch.manual_seed(0)
+    drawn = [Sampling(5.0).choose(barred(logits_BV, [1])).tolist() for _ in range(50)]
+    assert {token for row in drawn for token in row} == {0, 2}
 
 
 @pytest.mark.parametrize("seed", range(20))

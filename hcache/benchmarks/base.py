@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, NamedTuple
@@ -22,10 +22,12 @@ __all__ = [
     "Benchmark",
     "Example",
     "FileBenchmark",
+    "Second",
     "Shard",
     "Tree",
     "by_task",
     "shard_of",
+    "texts_of",
     "tree_mean",
 ]
 
@@ -36,6 +38,27 @@ def by_task(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     for line in lines:
         found.setdefault(line["task"], []).append(line["score"])
     return found
+
+
+def texts_of(answers: Any) -> tuple[str, ...]:
+    """Answers as a row or a record has them, as texts: one that stands alone is one of one, None is none."""
+    if answers is None:
+        return ()
+    alone = isinstance(answers, str) or not isinstance(answers, Iterable)
+    return tuple(str(answer) for answer in ((answers,) if alone else answers))
+
+
+class Second(NamedTuple):
+    """A short prompt that follows the first one's reply and begins anew: nothing is left in the cache.
+
+    Args:
+        before, after: what stands around the reply.
+        max_new_tokens: of the answer.
+    """
+
+    before: str
+    after: str
+    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -53,6 +76,8 @@ class Example:
         extra: whatever else scoring needs, as JSON data.
         chat: the protocol puts context and question into the model's chat template, if it has one.
         system: the system message there; None for none.
+        never_empty: the first token of the answer may not be one that ends it.
+        second: the prompt whose reply is the answer, where that of the first one isn't.
     """
 
     task: str
@@ -67,11 +92,20 @@ class Example:
     extra: dict[str, Any] = field(default_factory=dict)
     chat: bool = False
     system: str | None = None
+    never_empty: bool = False
+    second: Second | None = None
 
     @property
     def prompt(self) -> str:
         """The whole prompt, as a model sees it when the question is known while compressing."""
         return self.context + self.question + self.answer_prefix
+
+    def asked_again(self, reply: str) -> Example:
+        """The example whose prompt is the second one, after this reply to the first."""
+        assert self.second is not None, "the first reply is the answer"
+        before, after, tokens = self.second
+        context = before + reply.strip()
+        return replace(self, context=context, question=after, max_new_tokens=tokens, second=None)
 
 
 class Shard(NamedTuple):
@@ -173,11 +207,12 @@ class Benchmark(ABC):
         return text.strip()
 
     @abstractmethod
-    def score(self, example: Example | str, prediction: str, answers: Sequence[str], **extra: Any) -> float:
+    def score(self, example: Example | str, prediction: str, answers: Any, **extra: Any) -> float:
         """Score of one prediction, 0 to 1.
 
         Args:
             example: the example, or the name of its task; then `extra` holds what the example's would.
+            answers: as the example or the data's row has them: a list, or one that stands alone.
         """
 
     def aggregates(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Tree]:

@@ -7,116 +7,24 @@ are the runner's business.
 
 from __future__ import annotations
 
-import re
-import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hcache.benchmarks import prompt_files
 from hcache.benchmarks.base import BENCHMARKS, Example, FileBenchmark, Tree, by_task
-from hcache.benchmarks.prompt_files import PromptFile
+from hcache.benchmarks.infinitebench_rows import Question, sound
+from hcache.benchmarks.infinitebench_tasks import PROTOCOLS, TABLE, TASKS, TEMPLATES, Protocol
+from hcache.benchmarks.infinitebench_template import Template
 from hcache.benchmarks.scoring import infinitebench as scoring
-from hcache.benchmarks.source import DataError, HubFiles, Row, Rows, local_file
+from hcache.benchmarks.source import DataError, HubFiles, Rows, local_file
 from hcache.records import content_digest
 from hcache.registry import unknown_name
 
 NAME = "infinitebench"
 REPO, REVISION = "xinrongzhang2022/InfiniteBench", "90f0394333616266d9fe85824ceaf505093cbaa5"
-
-OFFICIAL = PromptFile(
-    "OpenBMB/InfiniteBench",
-    "88b3daa6989da2fbe0077170d7a3c84c25d5ae58",
-    "src/prompt.py",
-    "d49a6891d6bc61522bb428d66a07b092a6bb6bc195aa0fe103eddd6bb39c7f10",
-)
-HETEROCACHE = PromptFile(
-    "ponytaill/HeteroCache",
-    "01dc7feea79756ef4dd1140158e02acf0585540b",
-    "infinitebench/prompt.py",
-    "5a78b7106512c63fa72ce8c3f659b635ad50c6366777d974457ad3b57d5f97cc",
-)
-TEMPLATES = "yarn_mistral_templates"
-"""The templates of every open model."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One of the twelve.
-
-    Args:
-        paper: its name in the paper.
-        metric: name of its score.
-        max_new_tokens: of an answer, in the official runs.
-        long: the answer is long already, so that no protocol multiplies its tokens.
-    """
-
-    paper: str
-    metric: str
-    max_new_tokens: int
-    long: bool = False
-
-
-TABLE = {
-    "passkey": Task("Retrieve.PassKey", "first_digits", 6),
-    "number_string": Task("Retrieve.Number", "first_digits", 12),
-    "kv_retrieval": Task("Retrieve.KV", "word", 50),
-    "longbook_sum_eng": Task("En.Sum", "rouge_lsum", 1200, long=True),
-    "longbook_qa_eng": Task("En.QA", "qa_f1", 40),
-    "longbook_qa_chn": Task("Zh.QA", "character_f1", 40),
-    "longbook_choice_eng": Task("En.MC", "choice", 40),
-    "longdialogue_qa_eng": Task("En.Dia", "name", 40),
-    "math_find": Task("Math.Find", "first_number", 3),
-    "math_calc": Task("Math.Calc", "matching_prefix", 30000, long=True),
-    "code_run": Task("Code.Run", "last_int", 5),
-    "code_debug": Task("Code.Debug", "choice", 5),
-}
-TASKS = tuple(TABLE)
-_NOT_IN_HETEROCACHE = ("kv_retrieval", "math_calc", "code_run")
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What published runs differ in.
-
-    Args:
-        prompts: the file its templates are from.
-        rules: of scoring.
-        max_length: tokens of the prompt before the chat template; None for what the model holds.
-        chat: prompts go into the chat template.
-        factor, more: the official answer lengths are multiplied, unless they are long, and added to.
-        tasks: those that are scored.
-    """
-
-    prompts: PromptFile
-    rules: str
-    max_length: int | None
-    chat: bool
-    factor: int = 1
-    more: int = 0
-    tasks: tuple[str, ...] = TASKS
-
-    def max_new_tokens(self, task: str) -> int:
-        """Tokens of an answer."""
-        known = TABLE[task]
-        return known.max_new_tokens * (1 if known.long else self.factor) + self.more
-
-
-PROTOCOLS = {
-    "official": Protocol(OFFICIAL, scoring.EARLY, 128 * 1024, chat=False),
-    "heterocache": Protocol(
-        HETEROCACHE,
-        scoring.LATE,
-        128_500,
-        chat=True,
-        factor=10,
-        tasks=tuple(task for task in TASKS if task not in _NOT_IN_HETEROCACHE),
-    ),
-    "kvpress": Protocol(OFFICIAL, scoring.LATE, None, chat=True, more=20),
-}
 
 _skipped: dict[InfiniteBench, list[str]] = {}
 """What was wrong with rows that were left out, by the settings they were read with."""
@@ -292,16 +200,10 @@ class InfiniteBench(FileBenchmark):
     def _pinned_prompts(self) -> bool:
         return self.prompt_dir is None or self._protocol.prompts.matches(self.prompt_dir)
 
-    def _prompt_path(self) -> Path:
-        """Where the prompts lie, or will lie once they are fetched."""
-        prompts = self._protocol.prompts
-        cache = prompt_files.CACHE / "prompts" / prompts.repository / prompts.commit
-        return (cache if self.prompt_dir is None else Path(self.prompt_dir).expanduser()) / prompts.path
-
     def files(self) -> list[Path]:
         """Get rows and prompts; where they lie. Raises DataError where that fails."""
         self._protocol.prompts.text(self.prompt_dir)
-        return [*(self._data(task) for task in self.tasks), self._prompt_path()]
+        return [*(self._data(task) for task in self.tasks), self._protocol.prompts.place(self.prompt_dir)]
 
     def identity(self) -> dict[str, Any]:
         """Digest of local files or revision on the Hub, and the commit or digest of the prompts."""
@@ -314,7 +216,9 @@ class InfiniteBench(FileBenchmark):
         own = f"{prompts.repository}@{prompts.commit}"
         return {
             "data": ", ".join(data),
-            "prompts": own if self._pinned_prompts else f"files {content_digest([self._prompt_path()])}",
+            "prompts": own
+            if self._pinned_prompts
+            else f"files {content_digest([self._protocol.prompts.place(self.prompt_dir)])}",
         }
 
     def notes(self) -> list[str]:
@@ -347,152 +251,3 @@ def typed(answers: Any, label: Any) -> Any:
         return answers
     texts = [str(part) for part in answers]
     return label if [str(part) for part in label][: len(texts)] == texts else answers
-
-
-# --- rows
-
-
-@dataclass(frozen=True)
-class Question:
-    """One row, ready to be asked.
-
-    Args:
-        context, question: the prompt in two parts.
-        label: answers in their types, as the scorers take them.
-        options: of a choice, else empty.
-    """
-
-    id: str
-    context: str
-    question: str
-    label: list[Any]
-    options: list[str]
-
-
-class _WrongField(Exception):
-    """A field of a row that is not what it should be: its name, and why."""
-
-
-def sound(
-    task: str, template: Template, rows: Rows, numbered: Iterator[tuple[int, Row]]
-) -> Iterator[Question]:
-    """Rows that are what they should be; a second row with the same id has its row number behind it.
-
-    Raises:
-        RowError: for others, unless they are counted.
-    """
-    contexts: dict[str, str] = {}  # questions on one book share its text
-    seen: set[str] = set()
-    for number, row in numbered:
-        try:
-            context, question = template.filled(values_of(task, template.names, row))
-            options = _options(row) if task in scoring.CHOICE_TASKS else []
-            label = _label(task, row, options)
-        except _WrongField as wrong:
-            name, reason = wrong.args
-            rows.bad(number, name, reason)
-            continue
-        own = str(number - 1 if row.get("id") is None else row["id"])
-        name = own if own not in seen else f"{own} (row {number})"
-        seen.add(name)
-        yield Question(name, contexts.setdefault(context, context), question, label, options)
-
-
-def values_of(task: str, names: frozenset[str], row: Row) -> dict[str, str]:
-    """What a template's placeholders stand for.
-
-    Raises:
-        _WrongField: a field that is needed is missing or not as it should be.
-    """
-    values = {"context": _text(row, "context" if "context" in row else "content")}
-    if names & {"input", "question"}:
-        values["input"] = values["question"] = _text(row, "input")
-    if names & {"func", "func_call"}:
-        call = re.search(r"func_[0-9]+\(-?[0-9]+\)", _text(row, "input"))
-        if call is None:
-            raise _WrongField("input", "names no call such as func_1(2)")
-        values |= {"func_call": call[0], "func": call[0].split("(")[0]}
-    if "prefix" in names:
-        wanted = re.search(r"The .+ of", _text(row, "input"))
-        if wanted is None:
-            raise _WrongField("input", "does not say what number is wanted: 'The ... of'")
-        values["prefix"] = f"What is {wanted[0].lower()[:-3]} in the following list?"
-    choices = sorted(name for name in names if name.startswith("OPTION_"))
-    if choices:
-        options = _options(row)
-        if len(options) < len(choices):
-            raise _WrongField("options", f"must be {len(choices)} choices, there are {len(options)}")
-        values |= dict(zip(choices, options, strict=False))
-    return values
-
-
-def _text(row: Row, name: str) -> str:
-    """Raises _WrongField for what is no text."""
-    if name not in row:
-        raise _WrongField("context" if name == "content" else name, "is missing")
-    if not isinstance(row[name], str):
-        raise _WrongField(name, f"must be a text, is a {type(row[name]).__name__}")
-    found: str = row[name]
-    return found
-
-
-def _options(row: Row) -> list[str]:
-    """Choices as texts; none where there are none. Raises _WrongField for what is no list of them."""
-    options = row.get("options")
-    if options is None:
-        return []
-    if not isinstance(options, list) or not all(isinstance(part, str | int | float) for part in options):
-        raise _WrongField("options", f"must be a list of texts, is {options!r:.60}")
-    return [str(part) for part in options]
-
-
-def _label(task: str, row: Row, options: list[str]) -> list[Any]:
-    """Raises _WrongField for answers that the task can't have."""
-    if row.get("answer") is None:
-        raise _WrongField("answer", "is missing")
-    try:
-        return scoring.label(task, row["answer"], options)
-    except ValueError as error:
-        raise _WrongField("answer", str(error)) from error
-
-
-# --- prompts
-
-_NAMES = frozenset(
-    ("context", "input", "question", "func", "func_call", "prefix", *(f"OPTION_{x}" for x in scoring.LETTERS))
-)
-
-
-@dataclass(frozen=True)
-class Template:
-    """A prompt's text with placeholders, cut where the query begins.
-
-    Args:
-        head: to the end of the context and the white space behind it.
-        tail: the rest, the query.
-        names: of its placeholders.
-    """
-
-    head: str
-    tail: str
-    names: frozenset[str]
-
-    @classmethod
-    def of(cls, text: str, where: str) -> Template:
-        """Raises DataError for a text that has no context, or placeholders that nothing is known of."""
-        try:
-            names = frozenset(name for _, name, _, _ in string.Formatter().parse(text) if name is not None)
-        except ValueError as error:
-            raise DataError(f"{where} is no template: {error}") from error
-        if names - _NAMES:
-            named = unknown_name("placeholder", min(names - _NAMES), _NAMES)
-            raise DataError(f"{where}: {named}")
-        before, context, after = text.rpartition("{context}")
-        if not context:
-            raise DataError(f"{where} has no {{context}}")
-        tail = after.lstrip()
-        return cls(before + context + after[: len(after) - len(tail)], tail, names)
-
-    def filled(self, values: Mapping[str, str]) -> tuple[str, str]:
-        """(context, question): together what `str.format` makes of the whole text."""
-        return self.head.format(**values), self.tail.format(**values)

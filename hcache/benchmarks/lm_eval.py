@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -117,7 +116,7 @@ class LmEval(Benchmark):
             "run it with runner=evaluate"
         )
 
-    def score(self, example: Example | str, prediction: str, answers: Sequence[str], **extra: Any) -> float:
+    def score(self, example: Example | str, prediction: str, answers: Any, **extra: Any) -> float:
         """The library scores what it has asked. Raises ValueError."""
         raise ValueError(
             "benchmark 'lm_eval': the library scores a task as a whole; its scores are in the record "

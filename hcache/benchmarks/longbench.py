@@ -15,8 +15,7 @@ from statistics import fmean
 from string import Formatter
 from typing import Any, NamedTuple
 
-from hcache.benchmarks import prompt_files
-from hcache.benchmarks.base import BENCHMARKS, Example, FileBenchmark, Tree, by_task
+from hcache.benchmarks.base import BENCHMARKS, Example, FileBenchmark, Tree, by_task, texts_of
 from hcache.benchmarks.longbench_rows import ARCHIVE, Record, names_of, records, short
 from hcache.benchmarks.longbench_tasks import (
     BUCKETS,
@@ -136,6 +135,7 @@ class LongBench(FileBenchmark):
             metric=known.metric,
             extra=extra,
             chat=known.chat,
+            never_empty=self.protocol == "heterocache" or (self.protocol == "official" and bool(known.stop)),
         )
 
     def _answer_tokens(self, prompts: _Prompts, base: str) -> int:
@@ -154,7 +154,7 @@ class LongBench(FileBenchmark):
         """All of it: nothing is stripped, and the score takes the first line where that is the rule."""
         return text
 
-    def score(self, example: Example | str, prediction: str, answers: Sequence[str], **extra: Any) -> float:
+    def score(self, example: Example | str, prediction: str, answers: Any, **extra: Any) -> float:
         """The task's metric, the best over the answers.
 
         Args:
@@ -172,7 +172,7 @@ class LongBench(FileBenchmark):
         if self.protocol == "kvpress" and task in TABLE:
             prediction = prediction.lstrip()
         try:
-            return scoring.best(known.metric, prediction, answers, extra.get("all_classes"))
+            return scoring.best(known.metric, prediction, texts_of(answers), extra.get("all_classes"))
         except ValueError as error:
             raise ValueError(f"benchmark 'longbench', task '{task}': {error}") from error
 
@@ -249,9 +249,7 @@ class LongBench(FileBenchmark):
 
     def _prompt_paths(self) -> list[Path]:
         """Where the prompts lie, or will lie once they are fetched."""
-        cache = prompt_files.CACHE / "prompts" / _REPOSITORY / _COMMIT
-        place = cache if self.prompt_dir is None else Path(self.prompt_dir).expanduser()
-        return [place / file.path for file in (TEMPLATES, ANSWER_LENGTHS)]
+        return [file.place(self.prompt_dir) for file in (TEMPLATES, ANSWER_LENGTHS)]
 
     def files(self) -> list[Path]:
         """Get data and prompts; where they lie. Raises DataError where that fails."""

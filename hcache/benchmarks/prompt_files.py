@@ -29,13 +29,14 @@ class PromptFile:
         repository: owner/name on GitHub.
         commit: pinned.
         path: within the repository.
-        sha256: of the file, in hex; of a file from `prompt_dir` it isn't asked.
+        sha256: of the file, in hex; of a file from `prompt_dir` it isn't asked. None: not known, the commit
+            alone says which file it is.
     """
 
     repository: str
     commit: str
     path: str
-    sha256: str
+    sha256: str | None = None
 
     def text(self, prompt_dir: str | None = None) -> str:
         """The file's text: from `prompt_dir`, else from the cache, else fetched into it.
@@ -44,7 +45,7 @@ class PromptFile:
             DataError: it isn't there, can't be fetched, or has another hash.
         """
         if prompt_dir is not None:
-            local = Path(prompt_dir).expanduser() / self.path
+            local = self.place(prompt_dir)
             if not local.is_file():
                 raise DataError(
                     f"benchmark.prompt_dir={prompt_dir} has no {self.path} (of github.com/{self.repository})"
@@ -52,15 +53,20 @@ class PromptFile:
             return local.read_text(encoding="utf-8")
         return self._cached().decode()
 
+    def place(self, prompt_dir: str | None = None) -> Path:
+        """Where the file lies, or will lie once it is fetched."""
+        cached = CACHE / "prompts" / self.repository / self.commit
+        return (cached if prompt_dir is None else Path(prompt_dir).expanduser()) / self.path
+
     def matches(self, prompt_dir: str) -> bool:
-        """Whether the file in `prompt_dir` is the very one that is pinned."""
+        """Whether the file in `prompt_dir` is known to be the very one that is pinned."""
         return hashlib.sha256(self.text(prompt_dir).encode()).hexdigest() == self.sha256
 
     def _cached(self) -> bytes:
-        place = CACHE / "prompts" / self.repository / self.commit / self.path
+        place = self.place()
         if place.is_file():
             content = place.read_bytes()
-            if hashlib.sha256(content).hexdigest() == self.sha256:
+            if self.sha256 in (None, hashlib.sha256(content).hexdigest()):
                 return content
         content = self._fetched()
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +88,7 @@ class PromptFile:
                 f"network, or set benchmark.prompt_dir to a checkout of github.com/{self.repository}"
             ) from error
         found = hashlib.sha256(content).hexdigest()
-        if found != self.sha256:
+        if self.sha256 not in (None, found):
             raise DataError(f"{url} has sha256 {found}, pinned is {self.sha256}: it is not the file it was")
         return content
 

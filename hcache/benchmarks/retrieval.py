@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from hcache.benchmarks.base import BENCHMARKS, Benchmark, Example
+from hcache.benchmarks.base import BENCHMARKS, Benchmark, Example, texts_of
 from hcache.metrics import exact_match
 from hcache.registry import unknown_name
 from hcache.tiny.prose import prose
@@ -107,7 +107,7 @@ class Retrieval(Benchmark):
             extra={"length": length, "keys": list(asked.keys)},
         )
 
-    def score(self, example: Example | str, prediction: str, answers: Sequence[str], **extra: Any) -> float:
+    def score(self, example: Example | str, prediction: str, answers: Any, **extra: Any) -> float:
         """Share of the asked keys whose value is exactly right.
 
         `single` answers with its first number and `chain` with its last; `multi` says each key and its value,
@@ -122,6 +122,7 @@ class Retrieval(Benchmark):
         """
         task = example if isinstance(example, str) else example.task
         keys = extra.get("keys") if isinstance(example, str) else example.extra["keys"]
+        answers = texts_of(answers)
         kind = task.split("_", 1)[0]
         if kind not in KINDS:
             raise ValueError(f"benchmark 'retrieval': {unknown_name('task', kind, KINDS)}")

@@ -15,8 +15,9 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from hcache import records
-from hcache.benchmarks import prompt_files, ruler_hub
-from hcache.benchmarks.base import BENCHMARKS, Example, FileBenchmark, Tree
+from hcache.benchmarks import ruler_hub
+from hcache.benchmarks.base import BENCHMARKS, Example, FileBenchmark, Tree, texts_of
+from hcache.benchmarks.ruler_assets import ENGLISH, ESSAYS, Asset, Assets, assets_of, where
 from hcache.benchmarks.ruler_fit import Maker, Room, best_size, sample
 from hcache.benchmarks.ruler_tasks import (
     NEEDLE_TASKS,
@@ -27,15 +28,7 @@ from hcache.benchmarks.ruler_tasks import (
     VariableTracking,
 )
 from hcache.benchmarks.ruler_template import PROMPTS, Parts, Template, read_templates
-from hcache.benchmarks.ruler_words import (
-    Essays,
-    english_words,
-    essay_words,
-    hotpotqa,
-    sentence_splitter,
-    split_at_stops,
-    squad,
-)
+from hcache.benchmarks.ruler_words import sentence_splitter
 from hcache.benchmarks.scoring.ruler import preprocessed, string_match_all, string_match_part
 from hcache.benchmarks.source import DataError, Rows, local_file
 from hcache.registry import unknown_name
@@ -61,29 +54,6 @@ SHORTEST = 512
 PROTOCOLS = {"official": "\n", "kvpress": ""}
 SOURCES = ("generated", "hub")
 KINDS = ("official", "wavg_inc", "wavg_dec")
-
-
-@dataclass(frozen=True)
-class Asset:
-    """A file of others that tasks are made from.
-
-    Args:
-        names: it may have, in `data_dir`.
-        what: it is.
-    """
-
-    names: tuple[str, ...]
-    what: str
-
-
-ESSAYS = Asset(
-    ("PaulGrahamEssays.json", "PaulGrahamEssays.txt"), 'Paul Graham\'s essays ({"text": ...}, or plain text)'
-)
-SQUAD = Asset(("dev-v2.0.json",), "SQuAD 2.0's development set")
-HOTPOTQA = Asset(
-    ("hotpot_dev_distractor_v1.json", "hotpotqa.json"), "HotpotQA's development set with distractors"
-)
-ENGLISH = Asset(("english_words.json",), "RULER's list of English words")
 
 
 @BENCHMARKS.register("ruler")
@@ -149,7 +119,7 @@ class Ruler(FileBenchmark):
             return self._from_hub(count)
         found = self._required()
         templates = self._templates()
-        assets = _Assets(found)
+        assets = Assets(found)
         return [
             example
             for task in self.tasks
@@ -163,7 +133,7 @@ class Ruler(FileBenchmark):
         length: int,
         count: int,
         templates: Mapping[str, Template],
-        assets: _Assets,
+        assets: Assets,
         tokenizer: Any | None,
     ) -> Iterator[Example]:
         template = templates[FAMILIES[task]]
@@ -177,7 +147,7 @@ class Ruler(FileBenchmark):
                 task, length, index, parts, template.new_tokens, {"tokens": room.taken(parts)}
             )
 
-    def _maker(self, task: str, template: Template, room: Room, assets: _Assets) -> Maker:
+    def _maker(self, task: str, template: Template, room: Room, assets: Assets) -> Maker:
         if task in NEEDLE_TASKS:
             needle_task = NEEDLE_TASKS[task]
             essays = assets.essays() if needle_task.haystack == "essay" else None
@@ -203,7 +173,7 @@ class Ruler(FileBenchmark):
         if task == "cwe" and ENGLISH not in self._found():
             raise DataError(
                 f"benchmark.tasks: cwe at {room.length} tokens needs more than {size} different words: "
-                f"{_where(ENGLISH)}, or leave the length out"
+                f"{where(ENGLISH)}, or leave the length out"
             )
         self._note(
             f"{task}: all {size} words or documents that there are fill less than {room.length} tokens"
@@ -269,7 +239,7 @@ class Ruler(FileBenchmark):
 
     def _found(self) -> dict[Asset, Path]:
         """The files that are there, of those that the tasks can use."""
-        wanted = dict.fromkeys(asset for task in self.tasks for asset in _assets_of(task))
+        wanted = dict.fromkeys(asset for task in self.tasks for asset in assets_of(task))
         places = {asset: local_file("ruler", self.data_dir, asset.names) for asset in wanted}
         return {asset: path for asset, path in places.items() if path is not None}
 
@@ -277,10 +247,10 @@ class Ruler(FileBenchmark):
         """As `_found`. Raises DataError where one that a task can't do without isn't there."""
         found = self._found()
         for task in self.tasks:
-            for asset in _assets_of(task):
+            for asset in assets_of(task):
                 if asset is not ENGLISH and asset not in found:
                     raise DataError(
-                        f"benchmark.tasks: {task} needs {asset.what}: {_where(asset)}, or leave the task out"
+                        f"benchmark.tasks: {task} needs {asset.what}: {where(asset)}, or leave the task out"
                     )
         return found
 
@@ -293,9 +263,7 @@ class Ruler(FileBenchmark):
         if self.source == "hub":
             return [path for length in self.lengths for path in self._hub_files(length)]
         self._templates()
-        cached = prompt_files.CACHE / "prompts" / PROMPTS.repository / PROMPTS.commit
-        root = cached if self.prompt_dir is None else Path(self.prompt_dir).expanduser()
-        return [root / PROMPTS.path, *self._required().values()]
+        return [PROMPTS.place(self.prompt_dir), *self._required().values()]
 
     def identity(self) -> dict[str, Any]:
         """Of the rows, digests of local files, or id and commit on the Hub; else prompts, words, files."""
@@ -322,7 +290,7 @@ class Ruler(FileBenchmark):
 
     @property
     def _needs_essays(self) -> bool:
-        return any(ESSAYS in _assets_of(task) for task in self.tasks)
+        return any(ESSAYS in assets_of(task) for task in self.tasks)
 
     def notes(self) -> list[str]:
         """Prompts and sentences that are not RULER's, rows left out, texts that ran out."""
@@ -347,7 +315,7 @@ class Ruler(FileBenchmark):
         """Control characters replaced as the protocol says, no outer space."""
         return preprocessed(text, PROTOCOLS[self.protocol])
 
-    def score(self, example: Example | str, prediction: str, answers: Sequence[str], **extra: Any) -> float:
+    def score(self, example: Example | str, prediction: str, answers: Any, **extra: Any) -> float:
         """Of the needles, variables and words the share that is said; of a question, 1 if any answer is.
 
         Raises:
@@ -356,7 +324,7 @@ class Ruler(FileBenchmark):
         task, _ = split_name(example if isinstance(example, str) else example.task)
         text = preprocessed(prediction, PROTOCOLS[self.protocol])
         rule = string_match_part if _metric(task) == "string_match_part" else string_match_all
-        return rule(text, answers)
+        return rule(text, texts_of(answers))
 
     def aggregates(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Tree]:
         """Each length's mean of its tasks; `empty_predictions` is the share of those, which is no score."""
@@ -398,41 +366,6 @@ class Ruler(FileBenchmark):
             )
         weights = range(1, 7) if kind == "wavg_inc" else range(6, 0, -1)
         return fmean([means[length] for length in OFFICIAL_LENGTHS], weights)
-
-
-class _Assets:
-    """The tasks' files, each read when it is first needed, and once.
-
-    Args:
-        paths: where they lie.
-    """
-
-    def __init__(self, paths: Mapping[Asset, Path]) -> None:
-        self._paths = paths
-        self._essay_words: list[str] = []
-
-    def essays(self) -> Essays:
-        """Of the essays' words, cut into sentences by nltk, or by rule where it can't."""
-        self._essay_words = self._essay_words or essay_words(self._paths[ESSAYS])
-        return Essays(self._essay_words, sentence_splitter() or split_at_stops)
-
-    def english_words(self) -> list[str] | None:
-        """None where the list isn't there."""
-        return english_words(self._paths[ENGLISH]) if ENGLISH in self._paths else None
-
-    def questions(self, task: str) -> Any:
-        """Of qa_1, or qa_2."""
-        return squad(self._paths[SQUAD]) if task == "qa_1" else hotpotqa(self._paths[HOTPOTQA])
-
-
-def _assets_of(task: str) -> tuple[Asset, ...]:
-    if task in NEEDLE_TASKS:
-        return (ESSAYS,) if NEEDLE_TASKS[task].haystack == "essay" else ()
-    return {"qa_1": (SQUAD,), "qa_2": (HOTPOTQA,), "cwe": (ENGLISH,)}.get(task, ())
-
-
-def _where(asset: Asset) -> str:
-    return f"put {' or '.join(asset.names)} into benchmark.data_dir (or data/ruler/)"
 
 
 def _metric(task: str) -> str:

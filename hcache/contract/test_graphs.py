@@ -13,7 +13,7 @@ import torch
 
 from hcache import Generator
 from hcache.contract.cases import CASES, Case
-from hcache.contract.tiny_models import prompts
+from hcache.contract.tiny_models import prompts, tiny_model
 from hcache.engine import EngineSettings
 from hcache.graphs import CaptureFailed, Work
 
@@ -85,6 +85,38 @@ def test_a_text_that_ends_at_once_has_no_step(case: Case) -> None:
             out = made.generate(ids, max_new_tokens=40, stop=[first])
             assert out.tokens.shape == (1, 1)
             assert (out.lengths, out.timings.step_ms) == ([0], [])
+
+
+def test_a_first_token_that_must_not_end_a_text(case: Case) -> None:
+    """It is another one, also where a captured step goes on from it; later tokens may end it."""
+    ids, mask = prompts(2, 90, padded=True)
+    found = []
+    for made in (emulated(case), eager(case)):
+        first_B = made.generate(ids, mask, 1).tokens[:, 0].tolist()
+        stop = [[token] for token in first_B]
+        for _ in range(2):
+            out = made.generate(ids, mask, 12, stop=stop, never_empty=True)
+            assert min(out.lengths) >= 1
+            assert not {*out.tokens[:, 0].tolist()} & {*first_B}
+            assert made.generate(ids, mask, 12, stop=stop).lengths == [0, 0]
+            found.append(out.tokens.tolist())
+    assert found == [found[0]] * 4
+
+
+def test_it_is_the_one_that_transformers_chooses() -> None:
+    """By `min_length` of one more than the prompt."""
+    model = tiny_model()
+    full = Generator(model)
+    for seed in range(5):
+        ids, _ = prompts(1, 90, seed=seed)
+        ends = full.generate(ids, max_new_tokens=2).tokens[0].tolist()  # the first one, and one to come later
+        ours = full.generate(ids, max_new_tokens=12, stop=[[end] for end in ends], never_empty=True)
+        theirs = model.generate(
+            ids, max_new_tokens=12, min_length=91, do_sample=False, eos_token_id=ends, pad_token_id=0
+        )[0, 90:].tolist()
+        kept = theirs[:-1] if theirs[-1] in ends else theirs
+        assert ours.tokens[0, : ours.lengths[0]].tolist() == kept
+        assert kept
 
 
 def test_sessions_on_one_generator_cannot_be_mixed_up(case: Case) -> None:

@@ -1,14 +1,15 @@
-"""Log-likelihoods of continuations after a context whose cache was compressed.
+"""Log-likelihoods of continuations after contexts whose cache was compressed.
 
-The context is a prompt: it is fed, compressed, and its last logits say the first token of the continuation.
-The other tokens are fed together through the compressed cache, as a follow-up question would be. Knows
-nothing of lm-evaluation-harness.
+A context is a prompt: it is fed, compressed, and its last logits say the first token of a continuation. The
+other tokens are fed together through the compressed cache, as a follow-up question would be. Knows nothing of
+lm-evaluation-harness.
 
-Shapes: N tokens, V vocabulary.
+Shapes: B contexts side by side, N tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -44,32 +45,34 @@ class Likelihood(NamedTuple):
 
 
 @dataclass
-class Context:
-    """A context in the cache, compressed.
+class Contexts:
+    """Contexts in the cache, side by side, compressed.
 
     Args:
         cache: what was kept.
-        logits_V: after its last token.
-        generation: what was measured, as of a prompt after which nothing was generated.
-        whole: nothing was compressed.
-        followed: a continuation has been fed; the cache is no longer that of the context alone.
+        mask_BN: 0 at the pads in front of shorter contexts; None without pads.
+        logits_BV: after the last token of each.
+        generation: what was measured, as of prompts after which nothing was generated.
+        whole: of which nothing was compressed.
+        followed: continuations have been fed; the cache is no longer that of the contexts alone.
     """
 
     cache: KVCache
-    logits_V: Tensor
+    mask_BN: Tensor | None
+    logits_BV: Tensor
     generation: Generation
-    whole: bool
+    whole: list[bool]
     followed: bool = field(default=False)
 
 
 class Scorer:
-    """Scores continuations with one method on one model, one context at a time.
+    """Scores continuations with one method on one model.
 
     Args:
         model: a transformers causal LM.
-        method: what compresses the context.
+        method: what compresses contexts.
         backend: attention backend, as in KVCache.
-        seed: of torch, before each context, for methods that draw random numbers.
+        seed: of torch, before each batch of contexts, for methods that draw random numbers.
     """
 
     def __init__(self, model: PreTrainedModel, method: Method, backend: str, seed: int) -> None:
@@ -79,60 +82,103 @@ class Scorer:
         self._clock = Clock(self._device)
 
     @torch.inference_mode()
-    def compress(self, ids: list[int], budget: Budget) -> Context:
-        """Feed a context of at least one token.
+    def compress(self, contexts: Sequence[list[int]], budget: Budget) -> Contexts:
+        """Feed contexts of at least one token each.
 
         Raises:
-            InfeasibleBudget: the method can't run within the budget on it.
+            InfeasibleBudget: the method can't run within the budget on one of them.
         """
         torch.manual_seed(self._seed)
         cuda = self._device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
-        cache = KVCache(self._model, self._method, budget, backend=self._backend)
+        cache, size = (
+            KVCache(self._model, self._method, budget, backend=self._backend),
+            self._model.dtype.itemsize,
+        )
         if cuda:
-            plan = self._method.usage(cache.geometry, cache.budget, len(ids), self._model.dtype.itemsize)
-            check_host_memory(int(HOST_MARGIN * plan.host_bytes))
+            plans = (self._method.usage(cache.geometry, cache.budget, len(ids), size) for ids in contexts)
+            check_host_memory(int(HOST_MARGIN * sum(plan.host_bytes for plan in plans)))
+        ids_BN, mask_BN = self._padded(contexts)
         start = self._clock.now()
-        logits_NV = self._forward(ids, 0, 1, cache)
+        logits_BNV = self._forward(ids_BN, mask_BN, places(ids_BN, mask_BN), 1, cache)
         generation = self._measured(cache, self._clock.now() - start)
-        return Context(cache, logits_NV[-1], generation, uncompressed(cache, self._model.dtype.itemsize)[0])
+        return Contexts(cache, mask_BN, logits_BNV[:, -1], generation, uncompressed(cache, size))
+
+    def score(self, contexts: Contexts, asked: Sequence[Sequence[list[int]]]) -> list[list[Likelihood]]:
+        """Score continuations of at least one token each.
+
+        Args:
+            asked: those of each context. Of several tokens there is one for every context, or none for any:
+                it is fed, and takes the contexts with it.
+        """
+        longer = [next((own for own in one if len(own) > 1), None) for one in asked]
+        rest = self._fed(contexts, [own for own in longer if own is not None])
+        return [
+            [self._likelihood(logits_V, own, rest_NV) for own in one]
+            for one, logits_V, rest_NV in zip(asked, contexts.logits_BV, rest, strict=True)
+        ]
 
     @torch.inference_mode()
-    def score(self, context: Context, continuation: list[int]) -> Likelihood:
-        """Score a continuation of at least one token. One of several tokens takes the context with it."""
-        first = _likelihood(context.logits_V.unsqueeze(0), continuation[:1])
+    def _likelihood(self, logits_V: Tensor, continuation: list[int], rest_NV: Tensor | None) -> Likelihood:
         if len(continuation) == 1:
-            return first
-        assert not context.followed, "the cache holds a continuation already"
-        context.followed = True
-        fed = continuation[:-1]
-        logits_NV = self._forward(fed, context.cache.prompt_tokens[0], len(fed), context.cache)
-        rest = _likelihood(logits_NV, continuation[1:])
-        return Likelihood(first.log_prob + rest.log_prob, first.greedy and rest.greedy)
+            return _likelihood(logits_V.unsqueeze(0), continuation)
+        assert rest_NV is not None, "a continuation of several tokens is fed"
+        return _likelihood(torch.cat([logits_V.unsqueeze(0), rest_NV]), continuation)
+
+    @torch.inference_mode()
+    def _fed(self, contexts: Contexts, continuations: Sequence[list[int]]) -> Sequence[Tensor | None]:
+        """Logits after all tokens of the continuations but their last; None for each context without any."""
+        count = len(contexts.cache.prompt_tokens)
+        if not continuations:
+            return [None] * count
+        assert len(continuations) == count, "one for every context, or none for any"
+        assert not contexts.followed, "the cache holds continuations already"
+        contexts.followed = True
+        ids_BN, own_BN = self._padded([own[:-1] for own in continuations])
+        first_B = torch.tensor(contexts.cache.prompt_tokens, device=self._device)
+        mask_BN = None
+        if own_BN is not None:
+            before_BN = contexts.mask_BN
+            if before_BN is None:
+                before_BN = torch.ones(count, int(first_B[0]), dtype=torch.int64, device=self._device)
+            mask_BN = torch.cat([before_BN, own_BN], dim=1)
+        positions_BN = places(ids_BN, own_BN) + first_B.unsqueeze(1)
+        logits_BNV = self._forward(ids_BN, mask_BN, positions_BN, ids_BN.shape[1], contexts.cache)
+        return [logits_NV[1 - len(own) :] for logits_NV, own in zip(logits_BNV, continuations, strict=True)]
 
     @torch.inference_mode()
     def exact(self, context: list[int], continuation: list[int]) -> tuple[Likelihood, float]:
         """Score by one plain forward without a cache; the milliseconds it took."""
         start = self._clock.now()
-        fed = (context + continuation)[:-1]
-        logits_NV = self._forward(fed, 0, len(continuation), None)
-        return _likelihood(logits_NV, continuation), self._clock.now() - start
+        ids_1N, _ = self._padded([(context + continuation)[:-1]])
+        logits_1NV = self._forward(ids_1N, None, places(ids_1N, None), len(continuation), None)
+        return _likelihood(logits_1NV[0], continuation), self._clock.now() - start
 
-    def _forward(self, ids: list[int], position: int, logits: int, cache: KVCache | None) -> Tensor:
-        """Logits [N, V] after the last `logits` of these tokens, which begin at `position`."""
-        ids_1N = torch.tensor([ids], device=self._device)
-        positions_1N = torch.arange(position, position + len(ids), device=self._device).unsqueeze(0)
+    def _padded(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor | None]:
+        """Ids and mask [B, N], padded on the left; no mask where there are no pads."""
+        width = max(map(len, rows))
+        ids_BN = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=self._device)
+        if min(map(len, rows)) == width:
+            return ids_BN, None
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        return ids_BN, torch.tensor(mask, device=self._device)
+
+    def _forward(
+        self, ids_BN: Tensor, mask_BN: Tensor | None, positions_BN: Tensor, logits: int, cache: KVCache | None
+    ) -> Tensor:
+        """Logits [B, N, V] after the last `logits` of these tokens."""
         carried: dict[str, Any] = {} if cache is None else {self._argument: cache}
-        with self._in_pieces(len(ids)):
+        with self._in_pieces(ids_BN.numel()):
             output = self._model(
-                input_ids=ids_1N,
-                position_ids=positions_1N,
+                input_ids=ids_BN,
+                attention_mask=mask_BN,
+                position_ids=positions_BN,
                 use_cache=cache is not None,
                 logits_to_keep=logits,
                 **carried,
             )
-        found: Tensor = output.logits[0, -logits:]
+        found: Tensor = output.logits[:, -logits:]
         return found
 
     def _in_pieces(self, tokens: int) -> AbstractContextManager[None]:
@@ -149,14 +195,23 @@ class Scorer:
             peak_device_bytes=_peak(self._device),
         )
         counters = {**cache.counters(), "attended_fraction": cache.attended_fraction(), "fed_tokens": 0.0}
-        return _without_tokens(cache.prompt_tokens[0], prefill_ms, memory, counters, cache.backend_name)
+        return _without_tokens(cache.prompt_tokens, prefill_ms, memory, counters, cache.backend_name)
+
+
+def places(ids_BN: Tensor, mask_BN: Tensor | None) -> Tensor:
+    """Positions [B, N] counted without pads; those of pads mean nothing."""
+    if mask_BN is None:
+        return torch.arange(ids_BN.shape[1], device=ids_BN.device).expand_as(ids_BN)
+    return (mask_BN.cumsum(1) - 1).clamp_min(0)
 
 
 def exact_measure(model: PreTrainedModel, geometry: Geometry, tokens: int, forward_ms: float) -> Generation:
     """What stands for a forward without a cache: every key and value was there and was attended to."""
     full = full_bytes(geometry, tokens, model.dtype.itemsize)
     memory = Memory(full, 0, full, 0, full, None)
-    return _without_tokens(tokens, forward_ms, memory, {"attended_fraction": 1.0, "fed_tokens": 0.0}, "none")
+    return _without_tokens(
+        [tokens], forward_ms, memory, {"attended_fraction": 1.0, "fed_tokens": 0.0}, "none"
+    )
 
 
 def full_bytes(geometry: Geometry, tokens: int, number_bytes: int) -> int:
@@ -191,12 +246,18 @@ def _likelihood(logits_NV: Tensor, tokens: list[int]) -> Likelihood:
 
 
 def _without_tokens(
-    tokens: int, prefill_ms: float, memory: Memory, counters: dict[str, float], backend: str
+    tokens: Sequence[int], prefill_ms: float, memory: Memory, counters: dict[str, float], backend: str
 ) -> Generation:
     engine = {"name": "eager", "reason": "", "backend": backend, "compile": "off", "captures": 0, "graphs": 0}
-    timings = Timings(prefill_ms, [])
+    timings, none = Timings(prefill_ms, []), [0] * len(tokens)
     return Generation(
-        torch.empty(1, 0), [0], timings, memory, counters, [tokens], {**engine, "warmup_ms": 0.0}
+        torch.empty(len(tokens), 0),
+        none,
+        timings,
+        memory,
+        counters,
+        list(tokens),
+        {**engine, "warmup_ms": 0.0},
     )
 
 

@@ -22,10 +22,11 @@ from torch import Tensor
 from hcache.budget import Budget
 from hcache.engine import EngineSettings, Generation, Generator
 from hcache.harness.generation import DEFAULT_NEW_TOKENS, Wish, wish_of
-from hcache.harness.likelihood import Context, Scorer, exact_measure, uncompressed
+from hcache.harness.likelihood import Scorer, exact_measure, uncompressed
 from hcache.methods import Method
 from hcache.models import LoadedModel
 from hcache.records import now
+from hcache.stops import stop_ids
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -79,7 +80,7 @@ class Running:
         method, budget: what compresses, and what it was asked to keep.
         budgets: the budgets that contexts run under, which short ones may change.
         backend, engine: as Generator's `backend` and `runtime`.
-        batch_size: texts that are generated side by side; log-likelihoods are scored one by one.
+        batch_size: texts that are generated side by side, and contexts whose continuations are scored.
         seed: of everything random while a request runs.
         window: positions for context and answer.
     """
@@ -122,6 +123,27 @@ class _Pair:
     context: list[int]
     continuation: list[int]
     cut: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Continuations of one context that one compressed context can score: one of several tokens at most."""
+
+    pairs: list[_Pair]
+    budget: Budget
+
+    @property
+    def feeds(self) -> int:
+        """How what is fed behind the context is run: 0 nothing, 1 a step of one token, 2 several together.
+
+        A method may select in a step and not in a block, so that the two are no one batch.
+        """
+        return min(2, max(len(pair.continuation) - 1 for pair in self.pairs))
+
+    @property
+    def tokens(self) -> int:
+        """Of the context and the longest continuation."""
+        return len(self.pairs[0].context) + max(len(pair.continuation) for pair in self.pairs)
 
 
 class HarnessLM(TemplateLM):
@@ -181,7 +203,7 @@ class HarnessLM(TemplateLM):
 
     @property
     def batch_size(self) -> int:
-        """Texts generated side by side."""
+        """Requests answered side by side, rolling ones excepted."""
         return self._running.batch_size
 
     @property
@@ -298,7 +320,7 @@ class HarnessLM(TemplateLM):
 
     def _stops(self, wish: Wish) -> list[list[int]]:
         """Stop texts as token ids, and the token that ends a text."""
-        texts = [self.tokenizer.encode(stop, add_special_tokens=False) for stop in wish.stop]
+        texts = [stop_ids(self.tokenizer, stop) for stop in wish.stop]
         return [*texts, [self.eot_token_id]]
 
     def _seed(self, wish: Wish) -> int:
@@ -340,10 +362,9 @@ class HarnessLM(TemplateLM):
         ]
         budgets = self._running.budgets([(pair.label.task, len(pair.context)) for pair in pairs])
         answers: dict[int, tuple[float, bool]] = {}
-        for group in _grouped(pairs, lambda pair: tuple(pair.context)):
-            for pair, answer in self._scored(group, budgets[len(group[0].context)]):
-                answers[pair.place] = answer
-                self._tell("loglikelihood", len(answers), len(pairs))
+        for jobs in self._jobs(pairs, budgets):
+            answers.update((pair.place, answer) for pair, answer in self._scored(jobs))
+            self._tell("loglikelihood", len(answers), len(pairs))
         return [answers[place] for place in range(len(pairs))]
 
     def _pair(self, place: int, label: Label, context: list[int], continuation: list[int]) -> _Pair:
@@ -356,19 +377,33 @@ class HarnessLM(TemplateLM):
             )
         return _Pair(place, label, context[-room:], continuation, max(0, len(context) - room))
 
-    def _scored(self, group: Sequence[_Pair], budget: Budget) -> Iterable[tuple[_Pair, tuple[float, bool]]]:
-        """Score continuations of one context, which is compressed again for each one of several tokens."""
-        context: Context | None = None
-        for pair in group:
-            since = _Since(now(), time.perf_counter())
-            if context is None or (context.followed and len(pair.continuation) > 1):
-                context = None  # gone before the next one takes its memory
-                context = self._scorer.compress(pair.context, budget)
-            log_prob, greedy = self._scorer.score(context, pair.continuation)
-            generation, whole = context.generation, context.whole
-            self._note("loglikelihood", pair.label, generation, since, 0, whole, pair.cut, budget)
-            self._batches += 1
-            yield pair, (log_prob, greedy)
+    def _jobs(self, pairs: Sequence[_Pair], budgets: dict[int, Budget]) -> Iterable[list[_Job]]:
+        """Jobs that run side by side: of one budget, and the same to be fed."""
+        size = self._running.batch_size
+        jobs = [
+            _Job(members, budgets[len(group[0].context)])
+            for group in _grouped(pairs, lambda pair: tuple(pair.context))
+            for members in _apart(group)
+        ]
+        for together in _grouped(jobs, lambda job: (job.budget, job.feeds)):
+            ordered = sorted(together, key=lambda job: -job.tokens) if size > 1 else together
+            for i in range(0, len(ordered), size):
+                yield ordered[i : i + size]
+
+    def _scored(self, jobs: Sequence[_Job]) -> list[tuple[_Pair, tuple[float, bool]]]:
+        since, budget = _Since(now(), time.perf_counter()), jobs[0].budget
+        contexts = self._scorer.compress([job.pairs[0].context for job in jobs], budget)
+        asked = [[pair.continuation for pair in job.pairs] for job in jobs]
+        found: list[tuple[_Pair, tuple[float, bool]]] = []
+        for b, likelihoods in enumerate(self._scorer.score(contexts, asked)):
+            answers = [(one.log_prob, one.greedy) for one in likelihoods]
+            found += zip(jobs[b].pairs, answers, strict=True)
+        places = [(b, pair) for b, job in enumerate(jobs) for pair in job.pairs]
+        for b, pair in places:
+            kind, generation, whole = "loglikelihood", contexts.generation, contexts.whole[b]
+            self._note(kind, pair.label, generation, since, b, whole, pair.cut, budget, len(places))
+        self._batches += 1
+        return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
         """Log-probability of each text, window by window, every token once. Nothing is compressed."""
@@ -413,6 +448,13 @@ class HarnessLM(TemplateLM):
 
 def _label(request: Any) -> Label:
     return Label(str(request.task_name), int(request.doc_id))
+
+
+def _apart(group: Sequence[_Pair]) -> list[list[_Pair]]:
+    """Requests of one context, so that each list has one continuation of several tokens at most."""
+    short = [pair for pair in group if len(pair.continuation) == 1]
+    first, *others = [[pair] for pair in group if len(pair.continuation) > 1] or [[]]
+    return [[*short, *first], *others]
 
 
 def _grouped(items: Iterable[T], key: Callable[[T], K]) -> list[list[T]]:

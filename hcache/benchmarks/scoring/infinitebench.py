@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import json
 import re
-import string
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from hcache.benchmarks.scoring.longbench import qa_f1
+from hcache.benchmarks.scoring.words import bare_chinese, f1, qa_f1
 from hcache.registry import unknown_name
 
 Answer = str | int | float
@@ -34,13 +32,6 @@ LETTERS = "ABCD"
 
 _MARKS = "\n:\"'.,?!{}"
 _NUMBER = re.compile(r"\d+\.\d+|\d+")
-
-# Punctuation that Zh.QA deletes besides ASCII's: code points, or first and last of a range. U+300A stays,
-# though its closing partner U+300B goes, and so does the fullwidth full stop U+FF0E.
-_ZH_PUNCTUATION = (
-    "2013-2014 2018-2019 201B-201F 2026-2027 3001-3003 300B-3011 3014-301F 3030 303E-303F "
-    "FE4F FF01-FF0D FF0F FF1A-FF20 FF3B-FF40 FF5B-FF60 FF61-FF64"
-)
 
 
 def score(
@@ -270,7 +261,7 @@ def longbook_qa_eng(prediction: str, right: list[str], late: bool = False) -> fl
 
 def longbook_qa_chn(prediction: str, right: list[str], late: bool = False) -> float:
     """F1 of characters as multisets, without case, punctuation and space; the best over the answers."""
-    return max(_character_f1(_bare_zh(prediction), _bare_zh(answer)) for answer in right)
+    return max(f1(bare_chinese(prediction), bare_chinese(answer)) for answer in right)
 
 
 def longbook_sum_eng(prediction: str, right: list[str], late: bool = False) -> float:
@@ -336,22 +327,6 @@ def _after_cue(text: str, cues: Sequence[str]) -> str | None:
         if place >= 0:
             return text[place + len(cue) + 1 :]
     return None
-
-
-def _character_f1(said: str, right: str) -> float:
-    shared = (Counter(said) & Counter(right)).total()
-    return 2 * shared / (len(said) + len(right)) if shared else 0.0
-
-
-def _bare_zh(text: str) -> str:
-    return "".join(text.lower().translate(_zh_deletions()).split())
-
-
-@lru_cache(maxsize=1)
-def _zh_deletions() -> dict[int, None]:
-    ends = [[int(code, 16) for code in part.split("-")] for part in _ZH_PUNCTUATION.split()]
-    deleted = [code for part in ends for code in range(part[0], part[-1] + 1)]
-    return dict.fromkeys([*map(ord, string.punctuation), *deleted])
 
 
 @lru_cache(maxsize=1)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import logging
 import re
-import string
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
+from hcache.benchmarks.scoring.words import bare_chinese, f1, qa_f1
 from hcache.registry import unknown_name
 
 log = logging.getLogger(__name__)
@@ -25,30 +24,6 @@ FIRST_LINE_TASKS = ("trec", "triviaqa", "samsum", "lsht")
 
 CHINESE_METRICS = ("qa_f1_zh", "rouge_zh")
 """Metrics that need jieba."""
-
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = frozenset(string.punctuation)
-
-# Punctuation that the Chinese F1 deletes: fullwidth ASCII but for the full stop, halfwidth forms, CJK marks
-# and brackets, dashes, quotes, dots. U+300A is not among them, though its closing partner is.
-_ZH_RANGES = (
-    (0xFF01, 0xFF0D),
-    (0xFF0F, 0xFF0F),
-    (0xFF1A, 0xFF20),
-    (0xFF3B, 0xFF40),
-    (0xFF5B, 0xFF64),
-    (0x3001, 0x3003),
-    (0x300B, 0x3011),
-    (0x3014, 0x301F),
-    (0x3030, 0x3030),
-    (0x303E, 0x303F),
-    (0x2013, 0x2014),
-    (0x2018, 0x2019),
-    (0x201B, 0x201F),
-    (0x2026, 0x2027),
-    (0xFE4F, 0xFE4F),
-)
-_ZH_PUNCTUATION = _PUNCTUATION | {chr(code) for low, high in _ZH_RANGES for code in range(low, high + 1)}
 
 _OFFICIAL_DEPTH = 990
 """Steps back through one pair of sentences after which the official code overflows its stack and scores 0."""
@@ -81,35 +56,13 @@ def best(
     return max(METRICS[metric](prediction, answer) for answer in answers)
 
 
-def qa_f1(prediction: str, answer: str) -> float:
-    """F1 of the words as multisets, without case, ASCII punctuation and articles."""
-    return _f1(_english_words(prediction), _english_words(answer))
-
-
 def qa_f1_zh(prediction: str, answer: str) -> float:
-    """The same of the words that jieba finds, without case, punctuation and space."""
-    return _f1(_chinese_words(prediction), _chinese_words(answer))
-
-
-def _english_words(text: str) -> list[str]:
-    kept = "".join(character for character in text.lower() if character not in _PUNCTUATION)
-    return _ARTICLES.sub(" ", kept).split()
+    """F1 of the words that jieba finds, without case, punctuation and space."""
+    return f1(_chinese_words(prediction), _chinese_words(answer))
 
 
 def _chinese_words(text: str) -> list[str]:
-    words = (
-        "".join(character for character in word.lower() if character not in _ZH_PUNCTUATION)
-        for word in cut_chinese(text)
-    )
-    return [bare for bare in ("".join(word.split()) for word in words) if bare]
-
-
-def _f1(said: list[str], right: list[str]) -> float:
-    shared = (Counter(said) & Counter(right)).total()
-    if not shared:
-        return 0.0
-    precision, recall = shared / len(said), shared / len(right)
-    return 2 * precision * recall / (precision + recall)
+    return [bare for bare in map(bare_chinese, cut_chinese(text)) if bare]
 
 
 def rouge_l(prediction: str, answer: str) -> float:
