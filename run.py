@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -15,13 +16,13 @@ from omegaconf import DictConfig
 
 import runners
 from hcache import records
-from runners import CellOutcome, overrides
+from runners import launchers, overrides
 from runners.config import CONF, ConfigError, register, typed
+from runners.outcomes import OUTCOMES
 from runners.plan import PlannedCell, compose_all
 from runners.usage import usage
 
 log = logging.getLogger(__name__)
-_outcomes: list[CellOutcome] = []
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -29,7 +30,7 @@ def launch(config: DictConfig) -> None:
     """One job of Hydra's: one cell."""
     run = typed(config)
     outcome = runners.get(run.runner.name)(run)
-    _outcomes.append(outcome)
+    OUTCOMES.append(outcome)
     if outcome.message:
         log.info("%s: %s", outcome.directory or run.runner.name, outcome.message)
 
@@ -52,7 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    _outcomes.clear()
+    OUTCOMES.clear()
+    launchers.register()
     sys.argv[1:] = arguments
     try:
         launch()
@@ -84,6 +86,7 @@ def check_lines(lines: Sequence[str], multirun: bool) -> None:
     if not multirun:
         overrides.check_single(typed_in)
     overrides.check(typed_in)
+    launchers.check(typed_in, multirun)
     register(overrides.plugins(typed_in))
     overrides.check(typed_in)  # once more: plug-ins and benchmarks are known now
 
@@ -107,20 +110,35 @@ def compare(lines: Sequence[str]) -> int:
 
 def conclude(plans: Sequence[PlannedCell]) -> int:
     """Print the table of all cells that left a record and the list of failed ones; returns the exit code."""
-    left = {plan.directory: records.read_result(plan.directory) for plan in plans}
+    left = _left([plan.directory for plan in plans])
     results = [result for result in left.values() if result is not None]
     if results:
         from runners.table import show
 
         show(results)
-    if any(outcome.status == "interrupted" for outcome in _outcomes):
+    if any(outcome.status == "interrupted" for outcome in OUTCOMES):
         print("stopped by SIGTERM; the same command goes on from here", file=sys.stderr)
         return 143
-    failed = [str(place) for place, result in left.items() if result is None or result["status"] == "failed"]
-    failed += [o.message for o in _outcomes if o.status == "failed" and o.directory not in left]
+    busy = {o.directory: o.message for o in OUTCOMES if o.status == "busy"}
+    for message in busy.values():
+        print(f"refused: {message}", file=sys.stderr)
+    failed = [
+        str(place)
+        for place, result in left.items()
+        if place not in busy and (result is None or result["status"] == "failed")
+    ]
+    failed += [o.message for o in OUTCOMES if o.status == "failed" and o.directory not in left]
     for cell in failed:
         print(f"failed: {cell}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if failed or busy else 0
+
+
+def _left(planned: Sequence[Path]) -> dict[Path, records.Result | None]:
+    """What is at each cell's place. Jobs on machines of another kind know better than the plan where."""
+    told = [outcome.directory for outcome in OUTCOMES if outcome.directory is not None]
+    left = {place: records.read_result(place) for place in [*planned, *told]}
+    moved = set(told) - set(planned)
+    return {place: result for place, result in left.items() if not moved or result or place in told}
 
 
 if __name__ == "__main__":

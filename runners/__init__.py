@@ -25,6 +25,8 @@ RUNNERS = {
     "profile": "runners.profile",
     "score": "runners.score",
 }
+RECORDING = ("evaluate", "latency")
+"""Runners that leave the record of a cell, which can be half done and go on."""
 COMPARING = ("budget",)
 """Runners that take all cells of a command at once and show them in one table: they sweep without -m."""
 
@@ -34,7 +36,8 @@ class CellOutcome:
     """How one run ended.
 
     Args:
-        status: completed, infeasible, failed, or interrupted (asked to stop; the same command resumes).
+        status: completed, infeasible, failed, interrupted (asked to stop; the same command resumes), or busy
+            (another process is at work on the cell).
         directory: where its records are, None if it has none.
         message: what to tell the user, in one line; empty where the records say it.
     """

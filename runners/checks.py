@@ -10,7 +10,7 @@ from hcache.budget import InfeasibleBudget
 from hcache.methods import EvictionMethod
 from hcache.models import ModelSpec, check_path
 from hcache.registry import unknown_name
-from runners import RUNNERS
+from runners import RECORDING, RUNNERS
 from runners.config import ConfigError, RunConfig, budget_of, geometry_of
 from runners.latency_settings import check_latency
 from runners.plan import PlannedCell, compose_all, planned
@@ -42,7 +42,7 @@ def check_run(run: RunConfig) -> PlannedCell | None:
         plan = planned(run)
         records.read_result(plan.directory)
         return plan
-    if run.runner.name not in ("evaluate", "latency"):
+    if run.runner.name not in RECORDING:
         check_path(run.model)
         return None
     _check_window(run)

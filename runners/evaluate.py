@@ -21,11 +21,12 @@ from runners.checks import known_infeasible
 from runners.config import RunConfig
 from runners.harness import evaluate_plan
 from runners.interrupt import Interrupted, StopSignal
+from runners.lock import CellBusy, locked
 from runners.notes import counted
 from runners.plan import PlannedCell, planned
 from runners.progress import CellProgress
 from runners.prompts import EmptyShard, Prompt
-from runners.result import completed, head, requested
+from runners.result import completed, head, is_done, requested
 from runners.tracking import Tracker, make_tracker
 from runners.work import Worker
 
@@ -35,21 +36,34 @@ log = logging.getLogger(__name__)
 def run(config: RunConfig) -> CellOutcome:
     """Evaluate one cell, or read back what an earlier run of it left."""
     plan = planned(config)
+    try:
+        if (done := _read_back(plan)) is not None:
+            return done
+        with StopSignal() as stop, locked(plan.directory):
+            return _read_back(plan) or _outcome(plan, stop)  # another process may have ended it meanwhile
+    except CellBusy as busy:
+        return CellOutcome("busy", plan.directory, str(busy))
+
+
+def _read_back(plan: PlannedCell) -> CellOutcome | None:
     stored = records.read_result(plan.directory)
-    if stored is not None and is_done(stored, config.benchmark.limit):
-        log.info("%s is done, read back", plan.directory)
-        return CellOutcome(stored["status"], plan.directory)
-    with StopSignal() as stop:
-        try:
-            _evaluate(plan, stop)
-        except Interrupted:
-            return CellOutcome("interrupted", plan.directory, _stopped(plan))
-        except EmptyShard as nothing:
-            return _without_examples(plan, str(nothing))
-        except InfeasibleBudget as error:
-            return _without_numbers(plan, "infeasible", error)
-        except (Exception, SystemExit) as error:
-            return _without_numbers(plan, "failed", error)
+    if stored is None or not is_done(stored, plan.run.benchmark.limit):
+        return None
+    log.info("%s is done, read back", plan.directory)
+    return CellOutcome(stored["status"], plan.directory)
+
+
+def _outcome(plan: PlannedCell, stop: StopSignal) -> CellOutcome:
+    try:
+        _evaluate(plan, stop)
+    except Interrupted:
+        return CellOutcome("interrupted", plan.directory, _stopped(plan))
+    except EmptyShard as nothing:
+        return _without_examples(plan, str(nothing))
+    except InfeasibleBudget as error:
+        return _without_numbers(plan, "infeasible", error)
+    except (Exception, SystemExit) as error:
+        return _without_numbers(plan, "failed", error)
     return CellOutcome("completed", plan.directory)
 
 
@@ -57,14 +71,6 @@ def _stopped(plan: PlannedCell) -> str:
     if plan.run.benchmark.by_library:
         return "stopped; the same command starts this cell again, nothing of it is kept"
     return "stopped; the same command goes on from here"
-
-
-def is_done(result: Result, limit: int | None) -> bool:
-    """Whether a stored result answers a run with this limit. A lower limit is answered by what there is."""
-    if result["status"] != "completed":
-        return False
-    stored = result["config"]["benchmark"]["limit"]
-    return stored is None or (limit is not None and limit <= stored)
 
 
 def _evaluate(plan: PlannedCell, stop: StopSignal) -> None:

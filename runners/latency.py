@@ -40,10 +40,11 @@ from runners.latency_settings import (
     settings_of,
 )
 from runners.latency_table import show_cell
+from runners.lock import CellBusy, locked
 from runners.needle import needle_ids
 from runners.plan import PlannedCell, planned
 from runners.point import Point, Task, floor_of, infeasible, measure_point
-from runners.result import head, requested
+from runners.result import head, is_done, requested
 from runners.synthetic import with_profile
 from runners.timing import median_of
 from runners.tracking import make_tracker
@@ -66,18 +67,25 @@ def run(config: RunConfig) -> CellOutcome:
     """Measure one cell, or read back what an earlier run of it left."""
     plan = planned(config)
     stored = records.read_result(plan.directory)
-    if stored is not None and stored["status"] == "completed":
+    if stored is not None and is_done(stored, None):
         log.info("%s is done, read back", plan.directory)
         show_cell(stored)
         return CellOutcome(stored["status"], plan.directory)
-    with StopSignal() as stop:
-        try:
-            result = _cell(plan, stop)
-        except Interrupted:
-            return CellOutcome("interrupted", plan.directory, "stopped; the same command goes on from here")
-        except (Exception, SystemExit) as error:
-            result = _failed(plan, error)
-            records.write_result(plan.directory, result)
+    try:
+        with StopSignal() as stop, locked(plan.directory):
+            return _outcome(plan, stop)
+    except CellBusy as busy:
+        return CellOutcome("busy", plan.directory, str(busy))
+
+
+def _outcome(plan: PlannedCell, stop: StopSignal) -> CellOutcome:
+    try:
+        result = _cell(plan, stop)
+    except Interrupted:
+        return CellOutcome("interrupted", plan.directory, "stopped; the same command goes on from here")
+    except (Exception, SystemExit) as error:
+        result = _failed(plan, error)
+        records.write_result(plan.directory, result)
     show_cell(result)
     message = result["error"]["message"] if "error" in result else ""
     return CellOutcome(result["status"], plan.directory, message)

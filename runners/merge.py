@@ -20,6 +20,7 @@ from hcache.records import Line, Predictions, Result
 from runners import CellOutcome
 from runners.config import ConfigError, RunConfig
 from runners.lines import ReadLine, read_lines
+from runners.lock import CellBusy, locked
 from runners.notes import counted
 from runners.plan import PlannedCell, planned
 from runners.result import completed, head, requested
@@ -67,6 +68,8 @@ def run(run: RunConfig) -> CellOutcome:
     """Merge the shards of the cell; the outcome's message says how many, or why not."""
     try:
         return _merged(planned(_whole(run)))
+    except CellBusy as busy:
+        return CellOutcome("busy", message=f"runner=merge: {busy}")
     except (ValueError, OSError) as error:
         return CellOutcome("failed", message=f"runner=merge: {error}")
     except Exception as error:  # an outcome, never an exception, goes to the launcher
@@ -96,11 +99,12 @@ def _merged(plan: PlannedCell) -> CellOutcome:
         _check_completed(part)
     lines = _in_order(worked)
     predictions = Predictions(plan.directory)
-    _check_standing(predictions.path, lines)
     notes, made = _notes(worked, lines), _provenance(worked, lines)
     result = {**completed(plan, lines, notes, made), "config": _config(worked)}
-    predictions.rewrite(lines)
-    records.write_result(plan.directory, result)
+    with locked(plan.directory):
+        _check_standing(predictions.path, lines)
+        predictions.rewrite(lines)
+        records.write_result(plan.directory, result)
     return CellOutcome("completed", plan.directory, f"{len(lines)} examples of {len(parts)} shards merged")
 
 

@@ -8,7 +8,8 @@ before any model loads and the table at the end go by.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,20 @@ def compose_all(overrides: Sequence[str], multirun: bool) -> list[RunConfig]:
     Raises:
         ConfigError: any of them can't be composed.
     """
-    with initialize_config_dir(str(CONF), version_base="1.3", job_name="run"):
+    with _no_hydra(), initialize_config_dir(str(CONF), version_base="1.3", job_name="run"):
         jobs = _sweep(overrides) if multirun else [list(overrides)]
         return [typed(_compose(job)) for job in jobs]
+
+
+@contextmanager
+def _no_hydra() -> Iterator[None]:
+    """Puts aside a Hydra that is at work: a launcher composes jobs, too."""
+    current = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = current
 
 
 def _sweep(overrides: Sequence[str]) -> list[list[str]]:

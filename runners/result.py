@@ -15,6 +15,17 @@ from runners.config import budget_of
 from runners.plan import PlannedCell
 from runners.summary import summarise
 
+KILLED = "Killed"
+"""Type of the error of a cell whose process is gone without an outcome."""
+
+
+def is_done(result: Result, limit: int | None) -> bool:
+    """Whether a stored result answers a run with this limit. A lower limit is answered by what there is."""
+    if result["status"] != "completed":
+        return False
+    stored = result["config"]["benchmark"].get("limit")  # runner=latency has none
+    return stored is None or (limit is not None and limit <= stored)
+
 
 def head(plan: PlannedCell, status: str) -> Result:
     """How every record begins."""

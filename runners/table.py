@@ -12,6 +12,7 @@ from rich.table import Table
 from hcache.records import Result, setting
 from runners import latency_table
 from runners.latency_table import is_latency
+from runners.result import KILLED
 
 _WIDTH_WITHOUT_TERMINAL = 200
 Column = tuple[str, Callable[[Result], str]]
@@ -130,12 +131,13 @@ def _measured_columns(results: Sequence[Result], tasks: Sequence[str]) -> list[C
         ("resident", lambda r: _format(_dig(r, ["budget", "resident_fraction"]), ".3f")),
         ("prefill ms", against("latency", "prefill_ms", "median")),
         ("decode ms /token", against("latency", "decode_ms_per_token", "median")),
-        *(
-            [("status", lambda r: str(r["status"]))]
-            if any(r["status"] != "completed" for r in results)
-            else []
-        ),
+        *([("status", _status)] if any(r["status"] != "completed" for r in results) else []),
     ]
+
+
+def _status(result: Result) -> str:
+    killed = result["status"] == "failed" and result["error"]["type"] == KILLED
+    return "killed" if killed else str(result["status"])
 
 
 def _setting(result: Result) -> str:
@@ -170,5 +172,5 @@ def _notes(results: Sequence[Result]) -> list[str]:
         name = f"{result['cell']['method']} {result['cell']['budget']}"
         notes += [f"{name}: {note}" for note in result.get("notes", [])]
         if result.get("error"):
-            notes.append(f"{name}: {result['status']}: {result['error']['message']}")
+            notes.append(f"{name}: {_status(result)}: {result['error']['message']}")
     return notes
