@@ -84,7 +84,16 @@ class Cell:
     def lines(self) -> list[Line]:
         """The lines of its predictions.jsonl."""
         text = (self.directory / PREDICTIONS_FILE).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        # Not splitlines: what models write holds other line ends, and they stand unescaped.
+        return [json.loads(line) for line in text.split("\n") if line]
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A directory of a run that holds no record to read: it is still running, was stopped, or is damaged."""
+
+    directory: Path
+    reason: str
 
 
 def read(directories: Iterable[Path]) -> list[Cell]:
@@ -100,6 +109,35 @@ def read(directories: Iterable[Path]) -> list[Cell]:
             raise ValueError(f"no {RESULT_FILE} below {directory}; give outputs/<tag> of a run")
         found.update({path.resolve(): Cell(path.parent, _record(path)) for path in paths})
     return list(found.values())
+
+
+def survey(directories: Iterable[Path]) -> tuple[list[Cell], list[Unread]]:
+    """As `read`, of a sweep that may be half finished: what can't be read is told apart from the cells.
+
+    Raises:
+        ValueError: a directory below which no run left anything.
+    """
+    cells: dict[Path, Cell] = {}
+    unread: dict[Path, Unread] = {}
+    for directory in directories:
+        names = (RESULT_FILE, PREDICTIONS_FILE)
+        places = sorted({path.parent for name in names for path in directory.rglob(name)})
+        if not places:
+            raise ValueError(f"no {RESULT_FILE} below {directory}; give outputs/<tag> of a run")
+        for place in places:
+            try:
+                if (place / RESULT_FILE).exists():
+                    cells[place.resolve()] = Cell(place, _record(place / RESULT_FILE))
+                else:
+                    unread[place.resolve()] = Unread(place, _stopped(place))
+            except ValueError as error:
+                unread[place.resolve()] = Unread(place, str(error))
+    return list(cells.values()), list(unread.values())
+
+
+def _stopped(place: Path) -> str:
+    done = (place / PREDICTIONS_FILE).read_bytes().count(b"\n")
+    return f"{done} examples are done and no record is written: still running, or stopped"
 
 
 def completed(cells: Sequence[Cell]) -> Iterator[Cell]:
@@ -120,10 +158,10 @@ def side_by_side(cells: Sequence[Cell]) -> list[Cell]:
     if not any(cell.completed for cell in cells):
         raise ValueError("no completed cell among the records: there is nothing to show")
     _one_setting(cells)
-    return _unique(cells)
+    return unique(cells)
 
 
-def _unique(cells: Sequence[Cell]) -> list[Cell]:
+def unique(cells: Sequence[Cell]) -> list[Cell]:
     """One cell for each configuration: of several runs of one the one with most examples, the others are
     named on stderr."""
     best: dict[str, Cell] = {}
@@ -147,7 +185,7 @@ def _one_setting(cells: Sequence[Cell]) -> None:
     """
     for cell in cells[1:]:
         if setting(cell.result["config"]) != setting(cells[0].result["config"]):
-            ours, theirs = _shared(cells[0]), _shared(cell)
+            ours, theirs = shared(cells[0]), shared(cell)
             gaps = [
                 f"{path} ({ours.get(path, '-')} and {theirs.get(path, '-')})"
                 for path in sorted(ours.keys() | theirs.keys())
@@ -231,7 +269,8 @@ def _examples(cell: Cell) -> int:
     return sum(task["n"] for task in cell.result.get("tasks", {}).values()) if cell.completed else -1
 
 
-def _shared(cell: Cell) -> dict[str, str]:
+def shared(cell: Cell) -> dict[str, str]:
+    """What cells that stand side by side have in common, by dotted path."""
     return dict(_leaves({**identity(cell.result["config"]), "method": {}, "budget": None}))
 
 
