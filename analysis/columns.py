@@ -33,7 +33,13 @@ class Field:
     aside: str = ""
 
     @property
+    def is_interval(self) -> bool:
+        """Whether `aside` is one."""
+        return self.aside.startswith("[")
+
+    @property
     def whole(self) -> str:
+        """All that is shown."""
         return f"{self.text} {self.aside}".rstrip()
 
 
@@ -149,5 +155,5 @@ def dig(cell: Cell, *path: str) -> float | None:
 
 
 def short(number: float) -> str:
-    """One decimal, none for a whole number."""
-    return f"{number:.0f}" if number == round(number) else f"{number:.1f}"
+    """One decimal, none for a whole number (but for what a sum's rounding leaves)."""
+    return f"{number:.0f}" if abs(number - round(number)) < 1e-9 else f"{number:.1f}"

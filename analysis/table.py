@@ -95,7 +95,7 @@ def notes(rows: Iterable[tuple[str, Cell]]) -> list[str]:
             said.append(f"failed: {cell.result['error']['message']}")
         for note in said:
             found.setdefault((label, " ".join(note.split())), []).append(cell.kept)
-    return [f"{label} at {', '.join(kept)}: {note}" for (label, note), kept in found.items()]
+    return [f"{label} at {', '.join(dict.fromkeys(kept))}: {note}" for (label, note), kept in found.items()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
