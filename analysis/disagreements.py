@@ -23,13 +23,13 @@ class Disagreement:
 
     Args:
         kept: the budget in words.
-        seeds: of the cells, in words; empty where the family has one.
+        seed: of the cells, as Family.seed.
     """
 
     task: str
     id: str
     kept: str
-    seeds: str
+    seed: str
     lines: Sequence[tuple[str, Line]]
 
     @property
@@ -69,16 +69,20 @@ def chosen(family: Family, count: int) -> Chosen:
 
 
 def _beside(family: Family) -> Iterator[list[tuple[str, Cell]]]:
-    """Completed cells of each budget and seed, those without a budget among them."""
+    """Completed cells of each budget, those without one among them: of several runs of the same data the
+    first."""
     done = [(label, cell) for label, cell in family.labelled if cell.completed and cell.has_lines]
-    for place in dict.fromkeys((cell.kept, seeds(cell)) for _, cell in done if cell.budget != "full"):
-        yield [
-            (label, cell) for label, cell in done if place == (cell.kept, seeds(cell)) or _whole(cell, place)
-        ]
+    first: dict[tuple[str, str], str] = {}
+    for _, cell in done:
+        run, data = seeds(cell)
+        if cell.budget != "full":
+            first.setdefault((cell.kept, data), run)
+    for (kept, data), run in first.items():
+        yield [(label, cell) for label, cell in done if seeds(cell) == (run, data) and _held(cell, kept)]
 
 
-def _whole(cell: Cell, place: tuple[str, tuple[str, ...]]) -> bool:
-    return cell.budget == "full" and seeds(cell) == place[1]
+def _held(cell: Cell, kept: str) -> bool:
+    return cell.budget == "full" or cell.kept == kept
 
 
 def _examples(family: Family, cells: Sequence[tuple[str, Cell]]) -> Iterator[Disagreement]:
@@ -90,8 +94,7 @@ def _examples(family: Family, cells: Sequence[tuple[str, Cell]]) -> Iterator[Dis
                 found[line["task"], str(line["id"])].append((label, line))
     last = cells[-1][1]
     kept = next((cell.kept for _, cell in cells if cell.budget != "full"), last.kept)
-    named = ", ".join(filter(None, seeds(last))) if len(family.by_seed) > 1 else ""
     for (task, name), lines in found.items():
         if len(lines) > 1:
             ordered = sorted(lines, key=lambda line: -line[1]["score"])
-            yield Disagreement(task, name, kept, named, ordered)
+            yield Disagreement(task, name, kept, family.seed(last), ordered)

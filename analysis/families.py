@@ -54,7 +54,7 @@ class Family:
     @cached_property
     def columns(self) -> list[Column]:
         kept, *others = columns(self.cells, self.cells, together=True)
-        return [kept, *self._seeds(), *others]
+        return [kept, *map(_seed_column, self._several), *others]
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -83,12 +83,14 @@ class Family:
         several = f", {len(self.by_seed)} seeds" if len(self.by_seed) > 1 else ""
         return f"n = {sizes(self.done)} a task and cell{several}"
 
-    def _seeds(self) -> list[Column]:
-        """A column for each kind of seed of which there are several."""
-        places = [
-            place for place, name in enumerate(_SEEDS) if len({seeds(c)[place] for c in self.cells}) > 1
-        ]
-        return [_seed_column(place) for place in places]
+    def seed(self, cell: Cell) -> str:
+        """`, seed 1` where the family has several; empty otherwise."""
+        return "".join(f", {list(_SEEDS)[place]} {seeds(cell)[place]}" for place in self._several)
+
+    @cached_property
+    def _several(self) -> list[int]:
+        """Places of the kinds of seeds of which there are several."""
+        return [place for place in range(len(_SEEDS)) if len({seeds(c)[place] for c in self.cells}) > 1]
 
     def _best(self, fields: Sequence[Sequence[Field]]) -> set[tuple[int, int]]:
         """(row, place) of the highest scores of methods at one budget and seed; none where all are alike."""

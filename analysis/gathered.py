@@ -11,7 +11,7 @@ from pathlib import Path
 
 from analysis.cells import BASELINE, Cell, Unread, survey
 from analysis.disagreements import Chosen, chosen
-from analysis.families import Family, families, seeds
+from analysis.families import Family, families
 from analysis.findings import Finding, findings
 from analysis.gaps import Gaps, gaps
 
@@ -106,8 +106,7 @@ def _without_numbers(own: Iterable[Family]) -> list[Lost]:
 def _lost(family: Family, label: str, cell: Cell) -> Lost:
     error = cell.result.get("error") or {}
     reason = str(error.get("message", "the record gives no reason"))
-    seed = f", seed {' / '.join(filter(None, seeds(cell)))}" if len(family.by_seed) > 1 else ""
-    name = f"{label}, {cell.kept} kept{seed}: {family.name}"
+    name = f"{label}, {cell.kept} kept{family.seed(cell)}: {family.name}"
     return Lost(name, cell.status, reason, str(error.get("traceback", "")))
 
 

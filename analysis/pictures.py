@@ -34,10 +34,9 @@ class Picture:
 
 def of_family(family: Family) -> Iterator[Picture]:
     """Score against bytes for each seed, and the heatmap of a benchmark with depths."""
-    for seeds, cells in family.by_seed.items():
+    for cells in family.by_seed.values():
         if any(cell.completed and cell.result.get("tasks") for cell in cells):
-            seed = f", seed {seeds[0]}" if len(family.by_seed) > 1 else ""
-            caption = f"Score against KV bytes on the device, as measured{seed}."
+            caption = f"Score against KV bytes on the device, as measured{family.seed(cells[0])}."
             words = f"{caption} {family.name}: one line a method. Every number is in the table below."
             yield _picture(caption, words, partial(figure.pareto, cells))
         if any(cell.result["cell"]["benchmark"] == heatmap.BENCHMARK and cell.has_lines for cell in cells):

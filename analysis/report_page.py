@@ -21,7 +21,16 @@ _LONGEST = 700
 """Characters of a prediction or answer that are shown."""
 _ANSWERS = 5
 _PROVENANCE = (
-    *("cell", "kept", "seed", "n", "device KV bytes", "full KV bytes", "host KV bytes", "peak bytes"),
+    *(
+        "cell",
+        "kept",
+        "seed / data seed",
+        "n",
+        "device KV bytes",
+        "full KV bytes",
+        "host KV bytes",
+        "peak bytes",
+    ),
     *("seconds", "engine", "commit", "versions", "device", "started", "hash", "directory"),
 )
 
@@ -92,7 +101,9 @@ def _results(family: Family) -> Html:
 
 def _fields(row: Row) -> Iterator[Entry]:
     for place, field in enumerate(row.fields):
-        yield Entry(_field(field, place in row.best), field.value, is_number=row.cell.completed or place == 0)
+        yield Entry(
+            _field(field, place in row.best), field.value, field.value is not None or field.text == "-"
+        )
 
 
 def _field(field: Field, best: bool) -> Html:
@@ -145,8 +156,7 @@ def _examples(examples: Chosen) -> Iterator[Html]:
 
 
 def _example(example: Disagreement) -> Html:
-    seed = f", seed {example.seeds}" if example.seeds else ""
-    title = f"{example.task}, example {example.id}, {example.kept} kept{seed}"
+    title = f"{example.task}, example {example.id}, {example.kept} kept{example.seed}"
     answers = [_quoted(answer) for answer in example.answers[:_ANSWERS]]
     more = len(example.answers) - len(answers)
     wanted = ["Right: ", *answers, f" and {more} more" if more > 0 else ""] if answers else []
@@ -194,9 +204,7 @@ def _provenance(report: Report) -> Html:
         "Where each cell is from", _PROVENANCE, (_origin(label, cell) for label, cell in cells)
     )
     configs = [
-        folded(
-            f"{label} at {cell.kept}, seed {seeds(cell)[0]}: {cell.directory}", element("pre", _config(cell))
-        )
+        folded(f"{label}, {cell.kept} kept: {cell.directory}", element("pre", _config(cell)))
         for label, cell in [*cells, *((cell.method, cell) for cell in report.latency)]
     ]
     return element(

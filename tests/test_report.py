@@ -238,7 +238,7 @@ def test_without_matplotlib_the_page_says_so(tmp_path: Path, monkeypatch: pytest
 
 
 def test_no_text_of_a_model_or_an_error_is_markup(tmp_path: Path) -> None:
-    hostile = "</pre></td><script>alert(1)</script><img src=x onerror=alert(1)>\x00\u202e | & 50% \\x"
+    hostile = "\u2028</pre></td><script>alert(1)</script><img src=x onerror=alert(1)>\x00\u202e | & 50% \\x"
     root = tmp_path / "in"
     answered(leave(root, "fullkv", None, 1.0), [1.0] * 10, answer=hostile)
     where = leave(root, "snapkv", 0.25, 0.5, notes=[hostile[:-12]], options={"mark": "<b>|x"})
