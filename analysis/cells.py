@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ BASELINE = "fullkv"
 """The method that others are held against."""
 
 _LISTED = 3
+_DIGESTS = ("content", "source")  # options of a method that are digests of files
+_SECTIONS = {"model", "method", "benchmark", "budget", "runtime"}
 
 
 @dataclass(frozen=True)
@@ -81,25 +83,95 @@ class Cell:
     def _in_tokens(self) -> bool:
         return self.budget.startswith("t")
 
+    @property
+    def has_lines(self) -> bool:
+        """Whether its predictions lie beside its record; those of some libraries never do."""
+        return (self.directory / PREDICTIONS_FILE).exists()
+
     def lines(self) -> list[Line]:
-        """The lines of its predictions.jsonl."""
-        text = (self.directory / PREDICTIONS_FILE).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        """The lines of its predictions.jsonl; what is no line of an example is named on stderr."""
+        return lines(self.directory / PREDICTIONS_FILE)
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A directory without a record to read. status: unfinished, or unreadable."""
+
+    directory: Path
+    status: str
+    reason: str
 
 
 def read(directories: Iterable[Path]) -> list[Cell]:
-    """All recorded cells below the directories, each once, in the order of their paths.
+    """All recorded cells below the directories, each once, in the order of their paths. Files that are torn
+    or of another program are named on stderr and left out.
 
     Raises:
-        ValueError: a directory without a record, or a record that can't be read.
+        ValueError: a directory without a record that can be read.
     """
     found: dict[Path, Cell] = {}
     for directory in directories:
-        paths = sorted(directory.rglob(RESULT_FILE))
-        if not paths:
-            raise ValueError(f"no {RESULT_FILE} below {directory}; give outputs/<tag> of a run")
-        found.update({path.resolve(): Cell(path.parent, _record(path)) for path in paths})
+        own = [(path, _record(path)) for path in sorted(directory.rglob(RESULT_FILE))]
+        known = {path.resolve(): Cell(path.parent, record) for path, record in own if record is not None}
+        if not known:
+            said = f"no {RESULT_FILE} below {directory}{' can be read' if own else ''}"
+            raise ValueError(f"{said}; give outputs/<tag> of a run")
+        found |= known
     return list(found.values())
+
+
+def survey(directories: Iterable[Path]) -> tuple[list[Cell], list[Unread]]:
+    """As `read`, of a sweep that may be half finished: directories without a record to read come apart.
+
+    Raises:
+        ValueError: a directory below which no run left anything.
+    """
+    cells: dict[Path, Cell] = {}
+    unread: dict[Path, Unread] = {}
+    for directory in directories:
+        names = (RESULT_FILE, PREDICTIONS_FILE)
+        places = sorted({path.parent for name in names for path in directory.rglob(name)})
+        if not places:
+            raise ValueError(f"no {RESULT_FILE} below {directory}; give outputs/<tag> of a run")
+        for place in places:
+            found = _surveyed(place)
+            if isinstance(found, Cell):
+                cells[place.resolve()] = found
+            else:
+                unread[place.resolve()] = found
+    return list(cells.values()), list(unread.values())
+
+
+def _surveyed(place: Path) -> Cell | Unread:
+    if not (place / RESULT_FILE).exists():
+        done = (place / PREDICTIONS_FILE).read_bytes().count(b"\n")
+        reason = f"{done} examples are done and no record is written: still running, or stopped"
+        return Unread(place, "unfinished", reason)
+    record, reason = _reading(place / RESULT_FILE)
+    return Unread(place, "unreadable", f"{RESULT_FILE} {reason}") if record is None else Cell(place, record)
+
+
+def unfinished(directories: Iterable[Path]) -> list[Path]:
+    """Directories of cells that have lines but no record yet, in the order of their paths."""
+    found = {path.parent for where in directories for path in where.rglob(PREDICTIONS_FILE)}
+    return sorted(path for path in found if not (path / RESULT_FILE).exists())
+
+
+def lines(path: Path) -> list[Line]:
+    """The lines of a predictions.jsonl; others, such as one that is being written, are named on stderr."""
+    found = []
+    for number, raw in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            line = json.loads(raw)
+        except ValueError as error:
+            line, reason = None, str(error)
+        else:
+            reason = "it has no task, id and score"
+        if isinstance(line, dict) and {"task", "id", "score"} <= line.keys():
+            found.append(line)
+        else:
+            print(f"left out: line {number} of {path}: {reason}", file=sys.stderr)
+    return found
 
 
 def completed(cells: Sequence[Cell]) -> Iterator[Cell]:
@@ -111,19 +183,21 @@ def completed(cells: Sequence[Cell]) -> Iterator[Cell]:
             print(f"left out: {cell.directory} is {cell.result['status']}", file=sys.stderr)
 
 
-def side_by_side(cells: Sequence[Cell]) -> list[Cell]:
+def side_by_side(cells: Sequence[Cell], seeds: bool = False) -> list[Cell]:
     """The cells as they may be shown together, one for each configuration.
+
+    seeds: seeds may differ too; whoever shows the cells joins them (analysis.seeds).
 
     Raises:
         ValueError: none is completed, or they differ in more than method and budget.
     """
     if not any(cell.completed for cell in cells):
         raise ValueError("no completed cell among the records: there is nothing to show")
-    _one_setting(cells)
-    return _unique(cells)
+    _one_setting(cells, seeds)
+    return unique(cells)
 
 
-def _unique(cells: Sequence[Cell]) -> list[Cell]:
+def unique(cells: Sequence[Cell]) -> list[Cell]:
     """One cell for each configuration: of several runs of one the one with most examples, the others are
     named on stderr."""
     best: dict[str, Cell] = {}
@@ -139,15 +213,34 @@ def _unique(cells: Sequence[Cell]) -> list[Cell]:
     return list(best.values())
 
 
-def _one_setting(cells: Sequence[Cell]) -> None:
+def family(cell: Cell) -> str:
+    """What cells share that differ in method, budget and seeds alone, as a digest."""
+    return setting(_seedless(cell.result["config"]))
+
+
+def shared(cell: Cell) -> dict[str, str]:
+    """The options that make a cell's family, by dotted path."""
+    return _shared(_seedless(cell.result["config"]))
+
+
+def _seedless(config: Mapping[str, Any]) -> dict[str, Any]:
+    own = {
+        section: {key: value for key, value in config[section].items() if key != "seed"}
+        for section in ("benchmark", "runtime")
+    }
+    return {**config, **own}
+
+
+def _one_setting(cells: Sequence[Cell], seeds: bool) -> None:
     """Check that all may stand side by side: the same but for method and budget.
 
     Raises:
         ValueError: naming what differs, and two cells that do.
     """
-    for cell in cells[1:]:
-        if setting(cell.result["config"]) != setting(cells[0].result["config"]):
-            ours, theirs = _shared(cells[0]), _shared(cell)
+    configs = [_seedless(cell.result["config"]) if seeds else cell.result["config"] for cell in cells]
+    for cell, config in zip(cells[1:], configs[1:], strict=True):
+        if setting(config) != setting(configs[0]):
+            ours, theirs = _shared(configs[0]), _shared(config)
             gaps = [
                 f"{path} ({ours.get(path, '-')} and {theirs.get(path, '-')})"
                 for path in sorted(ours.keys() | theirs.keys())
@@ -164,14 +257,20 @@ def by_label(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     requested budget. Labels are the method's name with the options that differ; the baseline comes first,
     then the alphabet."""
     groups: dict[str, list[Cell]] = {}
-    for cell in sorted(cells, key=lambda cell: (cell.method != BASELINE, cell.method, cell.order)):
-        options = cell.options
-        same = [other.options for other in cells if other.method == cell.method]
+    settings = [(cell, cell.options) for cell in cells]
+    known: dict[str, dict[str, set[str | None]]] = {}
+    for cell, options in settings:
+        for path in options:
+            known.setdefault(cell.method, {}).setdefault(path, set())
+    for cell, options in settings:
+        for path, values in known[cell.method].items():
+            values.add(options.get(path))
+    settings.sort(key=lambda of: (of[0].method != BASELINE, of[0].method, of[0].order))
+    for cell, options in settings:
         shown = [
-            f"{path}={value[:8] if path in ('content', 'source') else value}"
+            f"{path}={value[:8] if path in _DIGESTS else value}"
             for path, value in sorted(options.items())
-            if any(other.get(path) != value for other in same)
-            and not (path in ("content", "source") and value == "None")
+            if len(known[cell.method][path]) > 1 and not (path in _DIGESTS and value == "None")
         ]
         groups.setdefault(f"{cell.method} ({', '.join(shown)})" if shown else cell.method, []).append(cell)
     return groups
@@ -215,24 +314,43 @@ def short_tokens(count: int) -> str:
     return f"{count // 1024}K" if count % 1024 == 0 else str(count)
 
 
-def _record(path: Path) -> Result:
+def _record(path: Path) -> Result | None:
+    """The record of a cell; None where there is none, and the file is named on stderr."""
+    record, reason = _reading(path)
+    if record is None:
+        print(f"left out: {path} {reason}", file=sys.stderr)
+    return record
+
+
+def _reading(path: Path) -> tuple[Result | None, str]:
+    """The record of a cell, or why there is none."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(result, dict) or "cell" not in result:
-            raise ValueError("it is no record of a cell")
-    except ValueError as error:
-        raise ValueError(f"{path} can't be read ({error}); move it away and run its cell again") from error
-    if result.get("schema", SCHEMA) != SCHEMA:
-        raise ValueError(f"{path} has schema {result['schema']!r}, this version reads {SCHEMA}")
-    return result
+    except (OSError, ValueError) as error:
+        return None, f"can't be read ({error}); run its cell again"
+    reason = _foreign(result)
+    return (None, reason) if reason else (result, "")
+
+
+def _foreign(result: Any) -> str:
+    """Why this is no record that this version reads; empty if it is one."""
+    if not isinstance(result, dict) or not {"status", "cell", "config"} <= result.keys():
+        return "is no record of a cell"
+    cell, config = result["cell"], result["config"]
+    if not isinstance(cell, dict) or not {"method", "budget"} <= cell.keys():
+        return "names no method and budget"
+    if not isinstance(config, dict) or not config.keys() >= _SECTIONS:
+        return "has no whole configuration"
+    known = result.get("schema", SCHEMA)
+    return "" if known == SCHEMA else f"has schema {known!r}, this version reads {SCHEMA}"
 
 
 def _examples(cell: Cell) -> int:
     return sum(task["n"] for task in cell.result.get("tasks", {}).values()) if cell.completed else -1
 
 
-def _shared(cell: Cell) -> dict[str, str]:
-    return dict(_leaves({**identity(cell.result["config"]), "method": {}, "budget": None}))
+def _shared(config: Mapping[str, Any]) -> dict[str, str]:
+    return dict(_leaves({**identity(config), "method": {}, "budget": None}))
 
 
 def _leaves(part: Any, path: str = "") -> Iterator[tuple[str, str]]:

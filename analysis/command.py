@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Shown = TypeVar("Shown")
+DIRECTORIES = "outputs/<tag>, or any directory above recorded cells"
 
 
 def parser(module: str, about: str | None) -> argparse.ArgumentParser:

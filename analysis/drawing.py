@@ -7,6 +7,7 @@ matplotlib is imported when something is drawn, since tables need none. Knows no
 from __future__ import annotations
 
 import importlib.util
+import io
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -51,14 +52,21 @@ def check(out: Path) -> None:
 def write(draw: Callable[[], Figure], out: Path) -> None:
     """Draw and write with our settings alone, whatever the user's matplotlibrc says; the suffix decides the
     format. The same figure gives the same file."""
+    content = rendered(draw, out.suffix)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(content)
+
+
+def rendered(draw: Callable[[], Figure], suffix: str) -> bytes:
+    """What `write` writes."""
     import matplotlib
 
+    content = io.BytesIO()
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_SETTINGS)
-        figure = draw()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, format=out.suffix[1:], metadata=_METADATA[out.suffix])
+        draw().savefig(content, format=suffix[1:], metadata=_METADATA[suffix])
+    return content.getvalue()
 
 
 def sheet(width: float, height: float) -> Figure:

@@ -8,27 +8,13 @@ A cell that can't exist is a row that says so.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from analysis import command
-from analysis.cells import (
-    BASELINE,
-    Cell,
-    by_label,
-    commits,
-    days,
-    devices,
-    listed,
-    read,
-    side_by_side,
-    sizes,
-    tasks,
-)
+from analysis.cells import BASELINE, Cell, by_label, commits, days, devices, listed, read, side_by_side, sizes
+from analysis.columns import columns, dig
 from analysis.markdown import bullets, document, table
-
-Column = tuple[str, Callable[[Cell], str]]
-_UNITS = (("MiB", 1 << 20), ("KiB", 1 << 10), ("bytes", 1))
 
 
 def markdown(cells: Sequence[Cell], order: Sequence[str] = ()) -> str:
@@ -40,10 +26,10 @@ def markdown(cells: Sequence[Cell], order: Sequence[str] = ()) -> str:
         ValueError: no completed cell, cells of different settings, or a method in `order` without a cell.
     """
     rows = _rows(side_by_side(cells), order)
-    columns = _columns([cell for _, cell in rows], cells)
-    header = ["method", *(name for name, _ in columns)]
-    fields = [[label, *(value(cell) for _, value in columns)] for label, cell in rows]
-    return document([table(header, fields), bullets([*_legend(rows), *_notes(rows)])])
+    shown = columns([cell for _, cell in rows], cells)
+    header = ["method", *(column.name for column in shown)]
+    fields = [[label, *(column.field(cell).whole for column in shown)] for label, cell in rows]
+    return document([table(header, fields), bullets([*legend(rows), *notes(rows)])])
 
 
 def at_budget(cells: Sequence[Cell], budget: str) -> list[Cell]:
@@ -68,81 +54,8 @@ def _rows(cells: Sequence[Cell], order: Sequence[str]) -> list[tuple[str, Cell]]
     return sorted(rows, key=lambda row: place.get(row[1].method, len(place)))
 
 
-def _columns(shown: Sequence[Cell], cells: Sequence[Cell]) -> list[Column]:
-    bases = {c.result["cell"]["tag"]: c for c in cells if c.method == BASELINE and c.completed}
-    return [
-        ("kept", lambda cell: cell.kept),
-        *(_task_column(task, first=position == 0) for position, task in enumerate(tasks(shown))),
-        ("resident", lambda cell: _format(_dig(cell, "budget", "resident_fraction"), ".3f")),
-        ("attended", lambda cell: _format(_dig(cell, "budget", "attended_fraction"), ".3f")),
-        _bytes_column(shown, "host {}", "memory", "host_kv_bytes"),
-        _bytes_column(shown, "{} moved/token", "latency", "host_to_device_bytes_per_token"),
-        ("prefill ms", _time(bases, "prefill_ms")),
-        ("decode ms/token", _time(bases, "decode_ms_per_token")),
-    ]
-
-
-def _task_column(task: str, first: bool) -> Column:
-    def value(cell: Cell) -> str:
-        if not cell.completed:
-            return cell.status if first else "-"
-        found = cell.result["tasks"].get(task)
-        if not found:
-            return "-"
-        if found["score"] is None or found["ci95"] is None:
-            return "-" if found["score"] is None else _short(found["score"])
-        low, high = (_short(bound) for bound in found["ci95"])
-        return f"{_short(found['score'])} [{low}, {high}]"
-
-    return task, value
-
-
-def _bytes_column(cells: Sequence[Cell], header: str, *path: str) -> Column:
-    """One unit for the whole column: the largest in which the largest value is at least 1."""
-    largest = max((_dig(cell, *path) or 0.0 for cell in cells), default=0.0)
-    unit, size = next((u for u in _UNITS if largest >= u[1]), _UNITS[-1])
-    digits = ".0f" if size == 1 else ".2f"
-
-    def value(cell: Cell) -> str:
-        number = _dig(cell, *path)
-        return "-" if number is None else "0" if number == 0 else format(number / size, digits)
-
-    return header.format(unit), value
-
-
-def _time(bases: Mapping[str, Cell], name: str) -> Callable[[Cell], str]:
-    """A median time, and its ratio to the baseline's where the two were taken on one kind of device."""
-
-    def value(cell: Cell) -> str:
-        number = _dig(cell, "latency", name, "median")
-        if number is None:
-            return "-"
-        base = bases.get(cell.result["cell"]["tag"])
-        full = _dig(base, "latency", name, "median") if base and base.method != cell.method else None
-        comparable = full and base and devices([base]) == devices([cell])
-        return f"{number:.1f} ({number / full:.2f}x)" if full and comparable else f"{number:.1f}"
-
-    return value
-
-
-def _dig(cell: Cell, *path: str) -> float | None:
-    """A measured number of a completed cell; None where there is none."""
-    value = cell.result if cell.completed else None
-    for key in path:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value if isinstance(value, (int, float)) else None
-
-
-def _format(number: float | None, spec: str) -> str:
-    return "-" if number is None else format(number, spec)
-
-
-def _short(number: float) -> str:
-    """One decimal, none for a whole number."""
-    return f"{number:.0f}" if number == round(number) else f"{number:.1f}"
-
-
-def _legend(rows: Sequence[tuple[str, Cell]]) -> list[str]:
+def legend(rows: Sequence[tuple[str, Cell]]) -> list[str]:
+    """What was run, what the headings mean, and where it was measured."""
     done = [cell for _, cell in rows if cell.completed]
     first = done[0].result["cell"]
     ratios = ", (x) against fullkv" if any(cell.method == BASELINE for cell in done) else ""
@@ -170,19 +83,19 @@ def _where(done: Sequence[Cell]) -> list[str]:
     return lines
 
 
-def _notes(rows: Iterable[tuple[str, Cell]]) -> list[str]:
+def notes(rows: Iterable[tuple[str, Cell]]) -> list[str]:
     """What a reader must know about single rows; a note of several budgets stands once."""
     found: dict[tuple[str, str], list[str]] = {}
     for label, cell in rows:
-        notes = list(cell.result.get("notes", []))
-        adjusted = _dig(cell, "budget", "adjusted_examples")
+        said = list(cell.result.get("notes", []))
+        adjusted = dig(cell, "budget", "adjusted_examples")
         if adjusted:
-            notes.append(f"{adjusted:.0f} examples too short for the budget used the nearest feasible one")
+            said.append(f"{adjusted:.0f} examples too short for the budget used the nearest feasible one")
         if cell.result["status"] == "failed":
-            notes.append(f"failed: {cell.result['error']['message']}")
-        for note in notes:
+            said.append(f"failed: {cell.result['error']['message']}")
+        for note in said:
             found.setdefault((label, " ".join(note.split())), []).append(cell.kept)
-    return [f"{label} at {', '.join(kept)}: {note}" for (label, note), kept in found.items()]
+    return [f"{label} at {', '.join(dict.fromkeys(kept))}: {note}" for (label, note), kept in found.items()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -71,6 +71,18 @@ def _tree_means(tree: Tree, rng: np.random.Generator, draws: int) -> NDArray[np.
     return np.stack([_tree_means(part, rng, draws) for part in tree]).mean(axis=0)
 
 
+def wilson(score: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95% interval of a mean of n scores in [0, 1] (Wilson, JASA 1927).
+
+    Exact-match scores are 0 or 1 and it is the binomial interval; a score in between varies less than that
+    (variance <= p(1-p)), so the interval is on the safe side, and it is never empty at 0 or 1.
+    """
+    centre = (score + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(score * (1 - score) / n + z * z / (4 * n * n))
+    # At 0 and 1 the bound is the score itself, but for rounding.
+    return min(score, max(0.0, centre - half)), max(score, min(1.0, centre + half))
+
+
 def bootstrap_ci(
     values: Sequence[float], seed: int, level: float = 0.95, draws: int = 10_000
 ) -> tuple[float, float]:

@@ -29,6 +29,7 @@ from hcache.engine import EngineSettings
 from hcache.geometry import Geometry
 from hcache.harness import results as reported
 from hcache.methods import Method
+from hcache.metrics import wilson
 from hcache.models import LoadedModel
 from hcache.records import Line, Predictions, Result
 from runners import loading, work
@@ -38,7 +39,7 @@ from runners.interrupt import StopSignal
 from runners.plan import PlannedCell
 from runners.prompts import ADJUSTED_SHARE, check_lengths
 from runners.result import head, requested
-from runners.summary import summarise, wilson
+from runners.summary import summarise
 from runners.tracking import make_tracker
 
 if TYPE_CHECKING:

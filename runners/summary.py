@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hcache.metrics import Tree, tree_ci, tree_mean, tree_size
+from hcache.metrics import Tree, tree_ci, tree_mean, tree_size, wilson
 from hcache.records import Line
 
 
@@ -141,15 +141,3 @@ def percentile(values: Sequence[float], quantile: float) -> float | None:
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-
-def wilson(score: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95% interval of a mean of n scores in [0, 1] (Wilson, JASA 1927).
-
-    Exact-match scores are 0 or 1 and it is the binomial interval; a score in between varies less than that
-    (variance <= p(1-p)), so the interval is on the safe side, and it is never empty at 0 or 1.
-    """
-    centre = (score + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(score * (1 - score) / n + z * z / (4 * n * n))
-    # At 0 and 1 the bound is the score itself, but for rounding.
-    return min(score, max(0.0, centre - half)), max(score, min(1.0, centre + half))

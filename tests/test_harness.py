@@ -31,13 +31,13 @@ from hcache.harness.generation import Wish, wish_of
 from hcache.harness.likelihood import Scorer, uncompressed
 from hcache.kv_cache import KVCache
 from hcache.methods import METHODS, make
+from hcache.metrics import wilson
 from hcache.models import ModelSpec
 from hcache.records import Predictions
 from hcache.tiny.tokenizer import byte_tokenizer
 from runners import evaluate, harness, interrupt, loading
 from runners.config import BudgetConfig, RunConfig, RuntimeConfig
 from runners.plan import planned
-from runners.summary import wilson
 from tests.cells import write_checkpoint
 
 DOCUMENTS = 3

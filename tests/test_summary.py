@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hcache.metrics import wilson
 from hcache.records import Line
 from runners.progress import CellProgress
-from runners.summary import mean, percentile, summarise, wilson
+from runners.summary import mean, percentile, summarise
 from runners.table import comparison, show
 
 REQUESTED = {"requested_fraction": 0.25, "requested_tokens": None}

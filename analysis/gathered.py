@@ -1,0 +1,114 @@
+"""All that a report shows, read and computed once: families with their findings, and what has no numbers.
+
+Reads outputs/ through analysis.cells; knows no format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from analysis.cells import BASELINE, Cell, Unread, survey
+from analysis.disagreements import Chosen, chosen
+from analysis.families import Family, families
+from analysis.findings import Finding, findings
+from analysis.gaps import Gaps, gaps
+
+
+@dataclass(frozen=True)
+class Section:
+    """A family, and what is said about it.
+
+    Args:
+        gaps: differences to the method that others are held against; empty, and why in `without_gaps`.
+        examples: on which methods disagree.
+    """
+
+    family: Family
+    findings: Sequence[Finding]
+    gaps: Gaps
+    without_gaps: str
+    examples: Chosen
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A cell without numbers.
+
+    Args:
+        status: infeasible, failed, unfinished or unreadable.
+        trace: where it failed, if that is known.
+    """
+
+    name: str
+    status: str
+    reason: str
+    trace: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """title: the directories; cells: every recorded one, those of runner=latency in `latency` alone."""
+
+    title: str
+    sections: Sequence[Section]
+    lost: Sequence[Lost]
+    latency: Sequence[Cell]
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [cell for section in self.sections for cell in section.family.cells]
+
+    @property
+    def counts(self) -> str:
+        """How many cells there are of each kind."""
+        kinds = [lost.status.split(",")[0] for lost in self.lost]
+        done = sum(cell.completed for cell in self.cells)
+        found = {"completed": done, **{kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}}
+        return ", ".join(f"{number} {kind}" for kind, number in found.items())
+
+
+def gather(directories: Sequence[Path], against: str = BASELINE, examples: int = 8) -> Report:
+    """Read what lies below the directories.
+
+    against: the method that others are held against. examples: of each family at most.
+
+    Raises:
+        ValueError: a directory below which no run left anything.
+    """
+    cells, unread = survey(directories)
+    latency = [cell for cell in cells if "points" in (cell.result.get("latency") or {})]
+    own = families([cell for cell in cells if cell not in latency])
+    return Report(
+        ", ".join(str(directory) for directory in directories),
+        [_section(family, against, examples) for family in own],
+        [*_without_numbers(own), *map(_unfinished, unread)],
+        latency,
+    )
+
+
+def _section(family: Family, against: str, examples: int) -> Section:
+    scored = [cell for cell in family.done if cell.has_lines]
+    try:
+        found, reason = gaps(scored, against), ""
+    except ValueError as error:
+        found, reason = Gaps(), f"No paired comparison: {error}."
+    return Section(family, findings(family, found.headline), found, reason, chosen(family, examples))
+
+
+def _without_numbers(own: Iterable[Family]) -> list[Lost]:
+    return [
+        _lost(family, label, cell) for family in own for label, cell in family.labelled if not cell.completed
+    ]
+
+
+def _lost(family: Family, label: str, cell: Cell) -> Lost:
+    error = cell.result.get("error") or {}
+    reason = str(error.get("message", "the record gives no reason"))
+    name = f"{label}, {cell.kept} kept{family.seed(cell)}: {family.name}"
+    return Lost(name, cell.status, reason, str(error.get("traceback", "")))
+
+
+def _unfinished(unread: Unread) -> Lost:
+    return Lost(str(unread.directory), unread.status, unread.reason)

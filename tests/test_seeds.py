@@ -1,0 +1,45 @@
+"""analysis.seeds: one run says what its record says, several are joined by example."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from analysis.cells import read
+from analysis.seeds import by_budget, score, seeds, total
+from hcache.metrics import wilson
+from tests.test_analysis_table import leave
+
+
+def test_one_run_says_what_its_record_says(tmp_path: Path) -> None:
+    leave(tmp_path, "snapkv", 0.25, scores=[1.0, 1.0, 0.0, 0.5])
+    cells = read([tmp_path])
+    found, entry = score(cells, "one"), cells[0].result["tasks"]["one"]
+    assert (found.mean, [found.low, found.high], found.n) == (entry["score"], entry["ci95"], 4)
+    assert total(cells).mean == cells[0].result["score"]
+    assert seeds(cells) == ""
+    assert math.isnan(score(cells, "three").mean)
+
+
+def test_an_example_run_twice_counts_once_and_another_seeds_examples_are_more(tmp_path: Path) -> None:
+    for seed, first in ((0, 1.0), (1, 0.0)):
+        leave(tmp_path / "runs", "snapkv", 0.25, scores=[first, 0.5, 0.5], seed=seed)
+        leave(tmp_path / "facts", "snapkv", 0.25, scores=[first, 0.5, 0.5], benchmark_seed=seed)
+    for name, n in (("runs", 3), ("facts", 6)):
+        found = score(read([tmp_path / name]), "one")
+        low, high = wilson(0.5, n)
+        assert (found.mean, found.low, found.high, found.n) == pytest.approx((50, 100 * low, 100 * high, n))
+        assert seeds(read([tmp_path / name])) == "2 seeds a point"
+
+
+def test_cells_without_numbers_are_in_their_budget_and_in_no_mean(tmp_path: Path) -> None:
+    leave(tmp_path, "omnikv", 0.1, infeasible=0.2)
+    leave(tmp_path, "omnikv", 0.25, 0.5, seed=0)
+    leave(tmp_path, "omnikv", 0.25, 0.7, seed=1)
+    small, large = by_budget(sorted(read([tmp_path]), key=lambda cell: cell.order))
+    assert [cell.budget for cell in small + large] == ["f0.1", "f0.25", "f0.25"]
+    assert math.isnan(score(small, "one").mean)
+    assert math.isnan(total(small).mean)
+    assert total(large).mean == pytest.approx(60)
