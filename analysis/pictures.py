@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from analysis import drawing, figure, heatmap, latency, latency_records
+from analysis import drawing, heatmap, latency, latency_records, pareto
 from analysis.cells import Cell
 from analysis.families import Family
 
@@ -38,7 +38,7 @@ def of_family(family: Family) -> Iterator[Picture]:
         if any(cell.completed and cell.result.get("tasks") for cell in cells):
             caption = f"Score against KV bytes on the device, as measured{family.seed(cells[0])}."
             words = f"{caption} {family.name}: one line a method. Every number is in the table below."
-            yield _picture(caption, words, partial(figure.pareto, cells))
+            yield _picture(caption, words, partial(pareto.pareto, cells))
         if any(cell.result["cell"]["benchmark"] == heatmap.BENCHMARK and cell.has_lines for cell in cells):
             words = f"Score by length and depth, a panel for each method and budget of {family.name}."
             yield _picture("Score by length and depth.", words, partial(_heatmap, cells), has_scale=True)
