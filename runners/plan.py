@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -55,24 +56,31 @@ def compose_all(overrides: Sequence[str], multirun: bool) -> list[RunConfig]:
     Raises:
         ConfigError: any of them can't be composed.
     """
-    with _no_hydra(), initialize_config_dir(str(CONF), version_base="1.3", job_name="run"):
+    with hydra_here():
         jobs = _sweep(overrides) if multirun else [list(overrides)]
         return [typed(_compose(job)) for job in jobs]
 
 
 @contextmanager
-def _no_hydra() -> Iterator[None]:
-    """Puts aside a Hydra that is at work: a launcher composes jobs, too."""
+def hydra_here() -> Iterator[None]:
+    """Hydra ready to compose. One that is at work is put aside: a launcher composes jobs, too."""
     current = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        yield
+        with initialize_config_dir(str(CONF), version_base="1.3", job_name="run"):
+            yield
     finally:
         GlobalHydra.instance().hydra = current
 
 
 def _sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """The jobs of a sweep, split as by Hydra's basic sweeper: its params, then the command line."""
+    """The jobs of a sweep, split as by Hydra's basic sweeper."""
+    batches = BasicSweeper.split_arguments(swept(overrides), max_batch_size=None)
+    return [list(job) for job in batches[0]]
+
+
+def swept(overrides: Sequence[str]) -> list[Override]:
+    """What a sweep runs over, inside Hydra: its experiment's params, then the command line, which wins."""
     loader = GlobalHydra.instance().config_loader()
     parser = OverridesParser.create(config_loader=loader)
     fixed = [o.input_line for o in parser.parse_overrides(list(overrides)) if not o.is_sweep_override()]
@@ -80,8 +88,7 @@ def _sweep(overrides: Sequence[str]) -> list[list[str]]:
         _compose([line for line in fixed if line is not None], hydra=True).hydra.sweeper.get("params") or {}
     )
     lines = [f"{key}={value}" for key, value in params.items()]
-    batches = BasicSweeper.split_arguments(parser.parse_overrides([*lines, *overrides]), max_batch_size=None)
-    return [list(job) for job in batches[0]]
+    return list(parser.parse_overrides([*lines, *overrides]))
 
 
 def _compose(overrides: list[str], hydra: bool = False) -> DictConfig:

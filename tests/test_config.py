@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from hcache.benchmarks import BENCHMARKS
@@ -350,6 +352,25 @@ def test_usage_lists_every_choice() -> None:
         for name in names(group):
             assert name in text
     assert "*heterocache" in text
+    assert re.search(r"^ +snapkv +the last queries vote once", text, re.MULTILINE)
+    silent = [line for line in text.splitlines() if re.fullmatch(r" {4}\S+", line)]
+    assert not silent, "each choice says what it is"
+
+
+def test_usage_names_launch_options_as_they_are_typed() -> None:
+    """Each is a key of the composed configuration, with the value that it has there."""
+    shown = re.findall(r"^  ([\w.]+)=(\S*) ", usage().split("Options of launch")[1], re.MULTILINE)
+    composed = {}
+    for name in ("ray", "slurm"):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed[name] = hydra_compose("config", [f"launch={name}"], return_hydra_config=True)
+    assert len(shown) == sum(
+        len(re.findall(r"^ +\w+: .*#", (CONF / f"launch/{name}.yaml").read_text(), re.MULTILINE))
+        for name in composed
+    )
+    for key, value in shown:
+        owner = composed["ray" if ".ray." in key else "slurm"]
+        assert str(OmegaConf.select(owner, key, throw_on_missing=True)) == value.replace("null", "None")
 
 
 PLUGIN = """

@@ -41,7 +41,7 @@ def cell(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def started(command: Sequence[str]) -> subprocess.Popen[str]:
-    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "COLUMNS": "200"}
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
     line = [sys.executable, "-c", TWICE, json.dumps(["-m", *command])]
     return subprocess.Popen(
         line, cwd=ROOT, env=quiet, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -73,7 +73,7 @@ def check_sweep(command: Sequence[str], place: Path, cells: int) -> None:
     cell, lines = killed_in_the_middle(place, process)
     shown, _ = process.communicate(timeout=400)
     assert "codes [1, 0]" in shown, shown
-    first, second = shown.split("Compression methods side by side")[1:]
+    first, second = " ".join(shown.split()).split("Compression methods side by side")[1:]
     assert first.count("killed") == 2, "a row and a note"
     assert "was gone after" in first
     assert f"failed: {cell}" in first
