@@ -54,7 +54,7 @@ class Cell:
         error = self.result.get("error") or {}
         if "smallest_fraction" not in error:
             return None
-        return f"{error['smallest_tokens']} tokens" if self._in_tokens else f"{error['smallest_fraction']:g}"
+        return f"{error['smallest_tokens']} tokens" if self.in_tokens else f"{error['smallest_fraction']:g}"
 
     @property
     def status(self) -> str:
@@ -72,15 +72,16 @@ class Cell:
         """Options of the method by dotted path, and the budget's unit, by which lines of a plot differ."""
         found = dict(_leaves(identity(self.result["config"])["method"]))
         found.pop("name", None)
-        return {**found, "budget": "tokens" if self._in_tokens else "fraction"}
+        return {**found, "budget": "tokens" if self.in_tokens else "fraction"}
 
     @property
     def order(self) -> tuple[bool, float]:
         """Sorts cells by requested budget."""
-        return self._in_tokens, 1.0 if self.budget == "full" else float(self.budget[1:])
+        return self.in_tokens, 1.0 if self.budget == "full" else float(self.budget[1:])
 
     @property
-    def _in_tokens(self) -> bool:
+    def in_tokens(self) -> bool:
+        """Whether the budget was asked for in tokens."""
         return self.budget.startswith("t")
 
     @property

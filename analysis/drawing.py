@@ -10,16 +10,20 @@ import importlib.util
 import io
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".pdf", ".svg")
 WIDTH = 8.0
-"""Inches of a figure as wide as a page."""
+"""Inches of a figure as wide as a page, with what must be said of it at its foot."""
+COLUMN = {"one": 3.3, "two": 6.9}
+"""Inches of a figure for one or two columns of a paper, which says in its caption what must be said."""
 LEFT = 0.6
 """Inches before the panels, where the text at the foot begins as well."""
 
@@ -31,6 +35,8 @@ _SETTINGS: dict[Any, Any] = {
     "font.size": 8.5,
     "axes.linewidth": 0.7,
     "hatch.linewidth": 0.4,
+    "pdf.fonttype": 42,  # TrueType: text stays text, and publishers take no Type 3
+    "ps.fonttype": 42,
     "svg.hashsalt": "hcache",  # names of svg elements come from it, not from chance
 }
 # What would make two files of one figure differ, or tie a file to a version.
@@ -39,6 +45,33 @@ _METADATA: dict[str, dict[str, None]] = {
     ".pdf": {"CreationDate": None},
     ".svg": {"Date": None},
 }
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure that can be drawn at any width.
+
+    Args:
+        draw: makes it, given its width in inches and the lines at its foot.
+        data: the numbers that are drawn.
+        said: what a reader must know: gaps, where it was measured, what intervals are.
+    """
+
+    draw: Callable[[float, Sequence[str]], Figure]
+    data: pd.DataFrame
+    said: Sequence[str]
+
+
+def save(picture: Picture, out: Path, width: str = "page") -> None:
+    """Write the figure, its numbers as CSV beside it and, for a column of a paper (COLUMN), as text what its
+    caption must say; a page says it at the foot.
+    """
+    inches = COLUMN.get(width, WIDTH)
+    foot = [] if width in COLUMN else wrapped(picture.said, inches)
+    write(lambda: picture.draw(inches, foot), out)
+    picture.data.to_csv(out.with_suffix(".csv"), index=False)
+    if width in COLUMN:
+        out.with_suffix(".txt").write_text("\n".join(text for text in picture.said if text) + "\n", "utf-8")
 
 
 def check(out: Path) -> None:

@@ -14,14 +14,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from analysis import command, drawing
+import pandas as pd
+
+from analysis import command, drawing, fields
 from analysis.cells import Cell, by_label, commits, days, devices, listed, short_tokens, side_by_side
-from analysis.drawing import LEFT, WIDTH
+from analysis.drawing import LEFT, WIDTH, Picture
+from analysis.fields import NUMBER, TEXT
 from analysis.markdown import bullets, document, section, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 BENCHMARK = "needle"
@@ -29,13 +31,10 @@ Place = tuple[int, float]
 """Length in tokens, depth in percent."""
 
 _NAN = float("nan")
-_COLOURS = "viridis"  # even in lightness: told apart by colour-blind eyes and in print
-_GAP = "0.88"
 _COLUMNS = 3
+_PANEL = 1.6  # inches that a panel takes at least
 _TITLE = 36  # characters above which a panel's title is set smaller
-_NUMBER = (0.26, 0.13)  # inches that a number in a field needs, across and down
 _TICKS = 9  # as many lengths or depths are named
-_TEXT = 8  # size of what is written beside the axes
 
 
 @dataclass(frozen=True)
@@ -134,105 +133,94 @@ def _panel(label: str, cell: Cell) -> Panel:
 # --- the figure
 
 
+def picture(cells: Sequence[Cell]) -> Picture:
+    """The grids of these cells as one figure. Errors as of `collect`."""
+    heatmap = collect(cells)
+    return Picture(
+        lambda width, foot: _draw(heatmap, width, foot), pd.DataFrame(_rows(heatmap)), [_below(heatmap)]
+    )
+
+
+def _rows(heatmap: Heatmap) -> Iterator[dict[str, object]]:
+    for panel in heatmap.panels:
+        who = {"label": panel.label, "method": panel.cell.method, "kept": panel.cell.kept}
+        for length in heatmap.lengths:
+            for depth in heatmap.depths:
+                place = length, depth
+                score, count = panel.scores.get(place, _NAN), panel.counts.get(place, 0)
+                yield {**who, "length": length, "depth": depth, "score": score, "n": count}
+
+
 def draw(heatmap: Heatmap) -> Figure:
-    """A panel for each method and budget, one scale of colours from 0 to 100. Needs matplotlib."""
+    """The figure, as wide as a page. Needs matplotlib."""
+    return _draw(heatmap, WIDTH, drawing.wrapped([_below(heatmap)]))
+
+
+def _draw(heatmap: Heatmap, width: float, foot: Sequence[str]) -> Figure:
+    """A panel for each method and budget, one scale of colours from 0 to 100."""
     panels = heatmap.panels
-    columns = min(len(panels), _COLUMNS)
+    columns = max(1, min(len(panels), _COLUMNS, int((width - 1.35) / _PANEL)))
     rows = -(-len(panels) // columns)
-    below = drawing.wrapped([_below(heatmap)])
-    across = (WIDTH - 1.35) / columns - 0.15  # inches of a panel
+    across = (width - 1.35) / columns - 0.15  # inches of a panel
     down = min(2.6, max(1.3, 0.2 * len(heatmap.depths)))
-    bottom = 0.62 + drawing.foot_inches(below)
+    bottom = 0.62 + drawing.foot_inches(foot)
     height = rows * (down + 0.5) + bottom - 0.1
-    figure = drawing.sheet(WIDTH, height)
+    figure = drawing.sheet(width, height)
     grid = figure.subplots(rows, columns, squeeze=False)
     figure.subplots_adjust(
-        left=LEFT / WIDTH,
-        right=1 - 0.75 / WIDTH,
+        left=LEFT / width,
+        right=1 - 0.75 / width,
         top=1 - 0.3 / height,
         bottom=bottom / height,
         wspace=0.15 / across,
         hspace=0.5 / down,
     )
-    fits = across / len(heatmap.lengths) >= _NUMBER[0] and down / len(heatmap.depths) >= _NUMBER[1]
+    fits = across / len(heatmap.lengths) >= NUMBER[0] and down / len(heatmap.depths) >= NUMBER[1]
     axes = list(grid.flat)
     for axis, panel in zip(axes, panels, strict=False):
         _field(axis, panel, heatmap, fits)
     _axes(axes[: len(panels)], heatmap, columns)
     for spare in axes[len(panels) :]:
         spare.remove()
-    _scale(figure, height, bottom)
-    drawing.write_foot(figure, below)
+    fields.scale(figure, bottom, 0.3)
+    drawing.write_foot(figure, foot)
     return figure
-
-
-def _colours() -> Colormap:
-    from matplotlib import colormaps
-
-    return colormaps[_COLOURS]
 
 
 def _field(axis: Axes, panel: Panel, heatmap: Heatmap, fits: bool) -> None:
     scores = [
         [panel.scores.get((length, depth), _NAN) for length in heatmap.lengths] for depth in heatmap.depths
     ]
-    whole = (-0.5, len(heatmap.lengths) - 0.5, len(heatmap.depths) - 0.5, -0.5)
-    axis.axhspan(whole[2], whole[3], facecolor=_GAP, edgecolor="0.6", hatch="////", linewidth=0, zorder=0)
-    axis.imshow(
-        scores, cmap=_colours(), vmin=0, vmax=100, aspect="auto", interpolation="nearest", extent=whole
-    )
-    axis.set_xlim(whole[0], whole[1])
-    axis.set_ylim(whole[2], whole[3])
+    fields.grid(axis, scores)
     mean = panel.mean()
     said = f": {mean:.1f}" if mean == mean else ""
     title = f"{panel.label}, {panel.kept}{said}"
     axis.set_title(title, fontsize=8.5 if len(title) <= _TITLE else 6.5, loc="left")
     if not panel.cell.completed:
         axis.text(
-            0.5, 0.5, panel.cell.status, transform=axis.transAxes, ha="center", va="center", fontsize=_TEXT
+            0.5, 0.5, panel.cell.status, transform=axis.transAxes, ha="center", va="center", fontsize=TEXT
         )
     if fits:
-        _numbers(axis, scores)
-
-
-def _numbers(axis: Axes, scores: Sequence[Sequence[float]]) -> None:
-    for y, row in enumerate(scores):
-        for x, score in enumerate(row):
-            if score == score:
-                red, green, blue, _ = _colours()(score / 100)
-                dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-                colour = "white" if dark else "black"
-                axis.text(x, y, f"{score:.0f}", ha="center", va="center", fontsize=6.5, color=colour)
+        fields.numbers(axis, scores)
 
 
 def _axes(axes: Sequence[Axes], heatmap: Heatmap, columns: int) -> None:
     """Ticks: lengths below the last panel of a column, depths beside the first of a row."""
     xs, ys = _ticks(len(heatmap.lengths)), _ticks(len(heatmap.depths))
     for number, axis in enumerate(axes):
-        axis.tick_params(length=2, labelsize=_TEXT)
+        axis.tick_params(length=2, labelsize=TEXT)
         axis.set_xticks(xs, [short_tokens(heatmap.lengths[x]) for x in xs])
         first = number % columns == 0
         axis.set_yticks(ys, [f"{heatmap.depths[y]:g}" if first else "" for y in ys])
         if first:
-            axis.set_ylabel("depth, percent", fontsize=_TEXT)
+            axis.set_ylabel("depth, percent", fontsize=TEXT)
         if number + columns >= len(axes):
-            axis.set_xlabel("length, tokens", fontsize=_TEXT)
+            axis.set_xlabel("length, tokens", fontsize=TEXT)
 
 
 def _ticks(count: int) -> list[int]:
     """At most `_TICKS` evenly spread places of `count`, the first among them."""
     return list(range(0, count, -(-count // _TICKS)))
-
-
-def _scale(figure: Figure, height: float, bottom: float) -> None:
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
-    place = (1 - 0.6 / WIDTH, bottom / height, 0.12 / WIDTH, 1 - (bottom + 0.3) / height)
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 100), _colours()), cax=figure.add_axes(place))
-    bar.set_label("score", labelpad=1, fontsize=_TEXT)
-    bar.ax.tick_params(labelsize=_TEXT)
-    bar.outline.set_linewidth(0.5)
 
 
 def _below(heatmap: Heatmap) -> str:

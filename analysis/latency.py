@@ -13,9 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from analysis import command, drawing
 from analysis.cells import Cell, commits, devices, listed, short_tokens
-from analysis.drawing import LEFT
+from analysis.drawing import LEFT, Picture
 from analysis.latency_records import TRANSFORMERS, Line, Place, Point, Sweep, collect, median
 from analysis.markdown import bullets, document, section, table
 from analysis.styles import Style, styles
@@ -32,18 +34,45 @@ _GIB, _MIB = 2**30, 2**20
 # --- the figure
 
 
+def picture(cells: Sequence[Cell]) -> Picture:
+    """The figure of these cells. Errors as of `collect` and `draw`."""
+    sweep = collect(cells)
+    return Picture(
+        lambda width, foot: _draw(sweep, width, foot), pd.DataFrame(_rows(sweep)), list(_below(sweep))
+    )
+
+
+def _rows(sweep: Sweep) -> Iterator[dict[str, Any]]:
+    """Every point of every line, then transformers' fastest and the floors."""
+    for line in sweep.lines:
+        for (context, batch), point in sorted(line.points.items()):
+            who = {"label": line.label, "method": line.method, "kept": line.kept, "status": point["status"]}
+            times = {key: point.get("decode_ms", {}).get(key, _NAN) for key in ("median", "p10", "p90")}
+            yield {**who, "context": context, "batch": batch, **times}
+    for place in [(context, batch) for batch in sweep.batches for context in sweep.contexts]:
+        where = {"context": place[0], "batch": place[1]}
+        yield {"label": FASTEST, **where, "median": sweep.transformers(place)[1]}
+        for budget in sweep.budgets:
+            kept = "all" if budget == "full" else _kept(sweep, budget)
+            yield {"label": FLOOR, "kept": kept, **where, "median": sweep.floor_ms(budget, place)}
+
+
 def draw(sweep: Sweep) -> Figure:
-    """A panel for each batch (down) and budget (across). Needs matplotlib.
+    """A panel for each batch (down) and budget (across), as wide as they need. Needs matplotlib.
 
     Raises:
         ValueError: nothing was measured.
     """
+    width = max(7.0, 3.4 * len(sweep.budgets))
+    return _draw(sweep, width, drawing.wrapped(_below(sweep), width))
+
+
+def _draw(sweep: Sweep, width: float, foot: Sequence[str]) -> Figure:
     if not any(line.numbers(place) for line in sweep.lines for place in line.points):
         raise ValueError("no point of any cell has numbers: there is nothing to draw")
     budgets, batches = sweep.budgets, sweep.batches
-    width = max(7.0, 3.4 * len(budgets))
-    below = drawing.wrapped(_below(sweep), width)
-    bottom = 1.32 + drawing.foot_inches(below)
+    across = max(1, int(width / 1.75))
+    bottom = 0.75 + 0.19 * -(-(len(sweep.lines) + 2) // across) + drawing.foot_inches(foot)
     height = 2.9 * len(batches) + bottom + 0.3
     figure = drawing.sheet(width, height)
     axes = figure.subplots(len(batches), len(budgets), squeeze=False, sharex=True, sharey=True)
@@ -63,13 +92,13 @@ def draw(sweep: Sweep) -> Figure:
         list(found.values()),
         list(found),
         loc="lower left",
-        bbox_to_anchor=(0.55 / width, (0.07 + drawing.foot_inches(below)) / height),
-        ncols=max(3, int(width / 1.75)),
+        bbox_to_anchor=(0.55 / width, (0.07 + drawing.foot_inches(foot)) / height),
+        ncols=across,
         frameon=False,
         fontsize=8,
         handlelength=3.0,
     )
-    drawing.write_foot(figure, below)
+    drawing.write_foot(figure, foot)
     return figure
 
 

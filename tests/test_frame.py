@@ -34,6 +34,8 @@ def test_a_row_holds_what_the_record_says(tmp_path: Path) -> None:
         assert row[column] == value or (value is None and pd.isna(row[column])), column
     assert row["resident_fraction"] == pytest.approx(0.26)
     assert row["host_kv_bytes"] == 7
+    spread = [row[f"prefill_ms{part}"] for part in ("_p10", "", "_p90")]
+    assert spread == [1.0, 1.0, pytest.approx(10.0)]
 
 
 def test_tasks_and_examples_join_their_cells(tmp_path: Path) -> None:
