@@ -1,4 +1,4 @@
-"""The figures of a report as SVG: those of analysis.figure, heatmap and latency, of its cells."""
+"""The figures of a report as SVG: those of `analysis.figure` that its cells have something for."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
-from analysis import drawing, heatmap, latency, latency_records, pareto
+from analysis import drawing, heatmap, latency, pareto
 from analysis.cells import Cell
 from analysis.families import Family
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 @dataclass(frozen=True)
-class Picture:
+class Shown:
     """A figure, or why there is none.
 
     Args:
@@ -32,34 +28,37 @@ class Picture:
     has_scale: bool = False
 
 
-def of_family(family: Family) -> Iterator[Picture]:
-    """Score against bytes for each seed, and the heatmap of a benchmark with depths."""
+def of_family(family: Family) -> Iterator[Shown]:
+    """Score against bytes, against the budget where there are several, and the heatmaps of needles."""
+    beside = f"{family.name}: one line a method. The numbers are in the table."
+    if any(cell.result.get("tasks") for cell in family.done):
+        caption = "Score against KV bytes on the device, as measured, all seeds together."
+        yield _shown(caption, f"{caption} {beside}", partial(pareto.picture, family.cells))
+        if len({cell.budget for cell in family.done if cell.budget != "full"}) > 1:
+            caption = "Score against the budget that was asked for, all seeds together."
+            yield _shown(caption, f"{caption} {beside}", partial(pareto.budgets, family.cells))
     for cells in family.by_seed.values():
-        if any(cell.completed and cell.result.get("tasks") for cell in cells):
-            caption = f"Score against KV bytes on the device, as measured{family.seed(cells[0])}."
-            words = f"{caption} {family.name}: one line a method. Every number is in the table below."
-            yield _picture(caption, words, partial(pareto.pareto, cells))
         if any(cell.result["cell"]["benchmark"] == heatmap.BENCHMARK and cell.has_lines for cell in cells):
-            words = f"Score by length and depth, a panel for each method and budget of {family.name}."
-            yield _picture("Score by length and depth.", words, partial(_heatmap, cells), has_scale=True)
+            caption = f"Score by length and depth{family.seed(cells[0])}."
+            words = f"{caption} A panel for each method and budget of {family.name}."
+            yield _shown(caption, words, partial(heatmap.picture, cells), has_scale=True)
 
 
-def of_latency(cells: Sequence[Cell]) -> Picture:
+def of_latency(cells: Sequence[Cell]) -> Shown:
     """Milliseconds a step against context."""
-    caption = (
-        "Milliseconds a decode step against context; python -m analysis.latency has every point in a table."
-    )
-    return _picture(caption, caption, lambda: latency.draw(latency_records.collect(cells)))
+    caption = "Milliseconds a decode step against context; python -m analysis.latency has every point."
+    return _shown(caption, caption, partial(latency.picture, cells))
 
 
-def _heatmap(cells: Sequence[Cell]) -> Figure:
-    return heatmap.draw(heatmap.collect(cells))
-
-
-def _picture(caption: str, words: str, draw: Callable[[], Figure], has_scale: bool = False) -> Picture:
+def _shown(
+    caption: str, words: str, picture: Callable[[], drawing.Picture], has_scale: bool = False
+) -> Shown:
     if importlib.util.find_spec("matplotlib") is None:
-        return Picture(caption, words, missing="figures need matplotlib: pip install 'hcache[analysis]'")
+        return Shown(caption, words, missing="figures need matplotlib: pip install 'hcache[analysis]'")
     try:
-        return Picture(caption, words, drawing.rendered(draw, ".svg"), has_scale=has_scale)
+        found = picture()
+        foot = drawing.wrapped(found.said)
+        svg = drawing.rendered(lambda: found.draw(drawing.WIDTH, foot), ".svg")
     except ValueError as error:
-        return Picture(caption, words, missing=str(error))
+        return Shown(caption, words, missing=str(error))
+    return Shown(caption, words, svg, has_scale=has_scale)

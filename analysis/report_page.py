@@ -85,7 +85,7 @@ def _part(number: int, part: Section) -> Html:
     return element("section", *inside, id=f"part-{number}")
 
 
-def _picture(shown: pictures.Picture) -> Html:
+def _picture(shown: pictures.Shown) -> Html:
     if shown.missing:
         return element("p", f"{shown.caption} Not drawn: {shown.missing}.")
     return page.picture(shown.svg, shown.words, shown.caption, "scale" if shown.has_scale else "lines")

@@ -224,9 +224,14 @@ def test_figures_are_inside_and_say_what_they_show(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     sweep(tmp_path / "in")
     page, *_ = made(tmp_path / "in")
-    (figure,) = page.all("img")
-    assert str(figure.attributes["src"]).startswith("data:image/svg+xml;base64,")
-    assert "m on b" in str(figure.attributes["alt"])
+    figures = page.all("img")
+    assert [str(figure.attributes["alt"]).split(",")[0] for figure in figures] == [
+        "Score against KV bytes on the device",
+        "Score against the budget that was asked for",
+    ]
+    for figure in figures:
+        assert str(figure.attributes["src"]).startswith("data:image/svg+xml;base64,")
+        assert "m on b" in str(figure.attributes["alt"])
 
 
 def test_without_matplotlib_the_page_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
