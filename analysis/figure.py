@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis import command, drawing, heatmap, latency, pareto, task_map
+from analysis import command, drawing, drift, heatmap, kept, latency, pareto, roles, task_map
 from analysis.cells import Cell, read
 from analysis.drawing import COLUMN, Picture
 
@@ -48,6 +48,9 @@ _TASKS: Options = {
 _COST: Options = {
     "--x": {"choices": ("resident", "attended", "time"), "default": "resident", "help": "what is paid"}
 }
+_EXAMPLE: Options = {
+    "--example": {"metavar": "TASK/ID", "help": "a traced example; default: the first that all cells have"}
+}
 FIGURES = {
     "pareto": Figure(
         "score against bytes or time, one line a method, and the front of all",
@@ -73,6 +76,21 @@ FIGURES = {
         "decode time against context (analysis.latency writes its tables)",
         lambda cells, asked: latency.picture(cells),
         {},
+    ),
+    "drift": Figure(
+        "overlaps and refreshes while one answer was decoded (heterocache, runner.trace)",
+        lambda cells, asked: drift.picture(cells, asked.example),
+        _EXAMPLE,
+    ),
+    "kept": Figure(
+        "which positions of one prompt each method kept (runner.trace)",
+        lambda cells, asked: kept.picture(cells, asked.example),
+        _EXAMPLE,
+    ),
+    "roles": Figure(
+        "roles of heads by layer (heterocache, runner.trace)",
+        lambda cells, asked: roles.picture(cells, asked.example),
+        _EXAMPLE,
     ),
 }
 

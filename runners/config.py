@@ -60,9 +60,20 @@ class BudgetConfig:
 
 @dataclass
 class RunnerConfig:
-    """Which runner does the work: a module of `runners` with a function `run`."""
+    """Which runner does the work: a module of `runners` with a function `run`.
+
+    Args:
+        trace: examples of each task that leave what was kept of them (runners.tracing); for evaluate.
+    """
 
     name: str = "evaluate"
+    trace: int = 0
+
+    def __post_init__(self) -> None:
+        if self.trace < 0 or (self.trace and self.name != "evaluate"):
+            raise ConfigError(
+                f"runner.trace={self.trace} must be 0, or for runner=evaluate a number of examples a task"
+            )
 
 
 @dataclass

@@ -76,10 +76,12 @@ def _stopped(plan: PlannedCell) -> str:
 def _evaluate(plan: PlannedCell, stop: StopSignal) -> None:
     stop.check()
     if plan.run.benchmark.by_library:
+        if plan.run.runner.trace:
+            log.warning("runner.trace has no effect: this benchmark's library runs its examples")
         evaluate_plan(plan, stop)
         return
     known_infeasible(plan.run)
-    worker = Worker(plan.run)
+    worker = Worker(plan.run, plan.directory)
     predictions = Predictions(plan.directory)
     finished, pending = _resume(worker.prompts, predictions)
     tracker = make_tracker(plan.run.tracker, plan.cell, plan.directory)

@@ -12,13 +12,14 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hcache import records
 from hcache.budget import Budget
-from hcache.engine import EngineSettings, Generation, Generator
+from hcache.engine import EngineSettings, Generation, Generator, GraphMode
 from hcache.models import LoadedModel
 from hcache.records import Line
 from hcache.stops import stop_ids
@@ -33,6 +34,7 @@ from runners.prompts import (
     prepare,
     second_prompts,
 )
+from runners.tracing import Tracing
 from runners.wording import has_template
 
 log = logging.getLogger(__name__)
@@ -48,13 +50,14 @@ class Worker:
 
     Args:
         run: the cell's configuration.
+        directory: of the cell, where traces go (runner.trace).
 
     Raises:
         InfeasibleBudget: the method can't run within the budget on these prompts.
         ValueError: too many examples too short for the budget; whatever model and benchmark refuse.
     """
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, directory: Path) -> None:
         if run.runtime.threads is not None:
             torch.set_num_threads(run.runtime.threads)
         self._run = run
@@ -66,6 +69,7 @@ class Worker:
         lengths = [prompt.tokens for prompt in self.prompts]
         self._budgets = check_lengths(run.method, self._loaded.geometry, self._budget, lengths)
         check_adjusted(self.prompts, self._budgets, self._budget)
+        self._tracing = Tracing(directory, run.runner.trace, self.prompts)
 
     @property
     def device_name(self) -> str:
@@ -82,7 +86,7 @@ class Worker:
         asks_chat = any(prompt.example.chat for prompt in self.prompts)
         if asks_chat and not has_template(self._loaded.tokenizer):
             found.append("plain prompts: the protocol asks for a chat template, the tokenizer has none")
-        return list(dict.fromkeys([*found, *self._run.benchmark.notes()]))
+        return list(dict.fromkeys([*found, *self._run.benchmark.notes(), *self._tracing.notes()]))
 
     def run(self, batch: Sequence[Prompt]) -> list[Line]:
         """Generate and score a batch, in its order; sequences under another budget run by themselves."""
@@ -161,31 +165,32 @@ class Worker:
         ids, mask = left_pad([prompt.ids for prompt in batch], pad)
         follow_ups = [prompt.follow_up for prompt in batch if prompt.follow_up is not None]
         first, runtime = batch[0].example, self._run.runtime
-        return self._generator(budget).generate(
-            ids,
-            mask,
-            max_new_tokens=first.max_new_tokens,
-            stop=[stop_ids(tokenizer, text) for text in first.stop],
-            seed=runtime.seed,
-            follow_up=left_pad(follow_ups, pad) if follow_ups else None,
-            temperature=runtime.temperature,
-            top_p=runtime.top_p,
-            never_empty=first.never_empty,
-        )
+        asked: dict[str, Any] = {
+            "max_new_tokens": first.max_new_tokens,
+            "stop": [stop_ids(tokenizer, text) for text in first.stop],
+            "seed": runtime.seed,
+            "follow_up": left_pad(follow_ups, pad) if follow_ups else None,
+            "temperature": runtime.temperature,
+            "top_p": runtime.top_p,
+            "never_empty": first.never_empty,
+        }
+        if self._tracing.wants(batch):
+            eager = self._made(budget, EngineSettings(GraphMode.off))
+            return self._tracing.generate(eager, batch, ids, mask, **asked)
+        return self._generator(budget).generate(ids, mask, **asked)
 
     def _generator(self, budget: Budget) -> Generator:
         """The generator of the latest batch, with what it has captured, if the budget is the same."""
         if self._latest_generator is None or self._latest_generator.budget != budget:
             self._latest_generator = None  # before the next one takes its memory
-            run, settings = self._run, self._run.runtime
-            self._latest_generator = Generator(
-                self._loaded.model,
-                run.method,
-                budget,
-                backend=run.model.attention,
-                runtime=EngineSettings.of(settings.graphs, settings.compile),
-            )
+            settings = self._run.runtime
+            engine = EngineSettings.of(settings.graphs, settings.compile)
+            self._latest_generator = self._made(budget, engine)
         return self._latest_generator
+
+    def _made(self, budget: Budget, engine: EngineSettings) -> Generator:
+        run = self._run
+        return Generator(self._loaded.model, run.method, budget, backend=run.model.attention, runtime=engine)
 
     def _text(self, prompt: Prompt, generation: Generation, b: int) -> str:
         """The answer in what came out; the benchmark cuts it at stop texts that token ids didn't show."""

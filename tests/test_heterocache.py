@@ -181,6 +181,7 @@ def test_overlap_and_selection_equal_brute_force() -> None:
     for seed in range(12):
         state = layer(drift_threshold=0.75)
         state.prefill(q, k, v, None)
+        state.journal = []
         last = causal_attention(q[0], k[0])[:, -1]
         reference = top_set(last[:2], base_of(0.5))
         queries = torch.randn(5, 8, DIM, generator=torch.Generator().manual_seed(seed)) * 2
@@ -191,6 +192,9 @@ def test_overlap_and_selection_equal_brute_force() -> None:
             overlaps.append(len(top_set(rows, base_of(0.5)) & reference) / base_of(0.5))
         drifted = sorted(overlaps)[2] < 0.75
         assert state.counters()["triggers"] == int(drifted)
+        (seen,) = state.journal
+        assert (seen.sequence, seen.head, seen.number, seen.drifted) == (0, 0, 1, drifted)
+        assert seen.overlap == pytest.approx(tuple(overlaps))
         if drifted:
             count = state.kept()[0][1].numel()
             assert set(state.kept()[0][1].tolist()) == top_set(rows, count)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +83,8 @@ class LayerState(Held, ABC):
         reserve_tokens: tokens that will follow the prompt as far as known, so that nothing moves later.
         room: rounds sizes and keeps buffers, where steps are captured; set like the backend.
         pending: a later layer's prefill may still change this one.
+        journal: where someone has put a list, states that decide while decoding note it there, in eager
+            steps alone.
     """
 
     off_step: ClassVar[tuple[str, ...]] = ("_kept",)
@@ -92,6 +94,7 @@ class LayerState(Held, ABC):
     reserve_tokens: int = CHUNK
     room: Room = Room()
     pending: bool = False
+    journal: list[Any] | None = None
 
     def attend_prompt(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """What the prompt's own tokens see [B, Hq, T, D], before `prefill`: exact causal attention."""

@@ -97,6 +97,10 @@ class Method(ABC):
         """What a reader of results must know about this run, for example roles given up for the budget."""
         return []
 
+    def outline(self, geometry: Geometry, budget: Budget, prompt_tokens: int) -> dict[str, Any]:
+        """What pictures of this method show beside what it keeps, as JSON data; most have nothing."""
+        return {}
+
     def require(self, geometry: Geometry, budget: Budget, prompt_tokens: int) -> int:
         """Average tokens of the budget. Raises InfeasibleBudget if the method needs more."""
         tokens = min(budget.tokens(prompt_tokens), prompt_tokens)

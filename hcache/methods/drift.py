@@ -114,6 +114,16 @@ class Kind(NamedTuple):
     even: bool
 
 
+class Seen(NamedTuple):
+    """A full window of one pivot, as a journal notes it: overlaps by step, and what came of them."""
+
+    sequence: int
+    head: int
+    number: int
+    overlap: tuple[float, ...]
+    drifted: bool
+
+
 class Staging(Held):
     """Rows that have been fetched and that no step sees yet, [Q * K, D]; the room's."""
 
@@ -364,7 +374,7 @@ class HeteroLayer(StoreLayer):
         Returns:
             [Q] rows that each satellite must fetch, 0 where its pivot has not drifted.
         """
-        if fused(self._finished_PWGD):
+        if fused(self._finished_PWGD) and self.journal is None:  # kernels tell nobody what they saw
             return self._review_fused()
         watch, rule = self._watch, self._rule
         order_PWN = (
@@ -377,6 +387,8 @@ class HeteroLayer(StoreLayer):
         self._windows_P += self._full_P
         drifted_P = self._full_P & rule.drifted(overlap_PW, self._windows_P)
         self._triggers_P += drifted_P
+        if self.journal is not None:
+            self.journal += self._seen(overlap_PW, drifted_P)
         latest_PN = order_PWN[:, -1]
         reference_PN = torch.zeros_like(top_PN).scatter_(1, latest_PN, top_PN)
         self._reference_PN.copy_(torch.where(drifted_P.unsqueeze(1), reference_PN, self._reference_PN))
@@ -388,6 +400,12 @@ class HeteroLayer(StoreLayer):
         if self._staging is not None:
             self._coming_Q |= fresh_Q > 0
         return fresh_Q
+
+    def _seen(self, overlap_PW: Tensor, drifted_P: Tensor) -> list[Seen]:
+        """The windows that are full now. Waits for the device."""
+        told = [values.tolist() for values in (self._full_P, self._windows_P, overlap_PW, drifted_P)]
+        rows = zip(self._pivots, *told, strict=True)
+        return [Seen(b, head, n, tuple(lap), moved) for (b, head), full, n, lap, moved in rows if full]
 
     def _review_fused(self) -> Tensor:
         """The same in a few kernels, without sorting."""

@@ -201,6 +201,14 @@ class HeteroCache(Method):
             notes.append(f"drift_every={self.drift_every}: pivots drift {often}, whatever the overlap")
         return notes
 
+    def outline(self, geometry: Geometry, budget: Budget, prompt_tokens: int) -> dict[str, Any]:
+        """roles: names by layer and head, as fitted to the budget; threshold and steps: of drift."""
+        roles = self.roles.assign(self.head_profile(geometry))
+        tokens = self.require(geometry, budget, prompt_tokens)
+        matrix = self.roles.fitted(roles, tokens, geometry, prompt_tokens).matrix
+        names = [[role.name.lower() for role in row] for row in matrix]
+        return {"roles": names, "threshold": self.threshold(roles), "steps": self.steps}
+
     def plan(self, geometry: Geometry, roles: Roles, budget: Budget, prompt_tokens: int) -> list[LayerPlan]:
         """What each layer keeps of one prompt; the sum over heads is the budget exactly."""
         tokens = self.require(geometry, budget, prompt_tokens)
