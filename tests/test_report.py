@@ -187,6 +187,15 @@ def test_where_all_are_alike_nobody_is_best(tmp_path: Path) -> None:
     assert "textbf" not in tex
 
 
+def test_what_keeps_everything_is_never_best(tmp_path: Path) -> None:
+    for score in (0.5, 0.9):
+        where = leave(tmp_path / "in", "fullkv", None, score, options={"mark": score})
+        answered(where, [score] * 10)
+    _, markdown, _ = made(tmp_path / "in")
+    assert "fullkv (mark=0.9)" in markdown
+    assert "**" not in markdown
+
+
 # --- the page
 
 
