@@ -50,7 +50,7 @@ def started(command: Sequence[str]) -> subprocess.Popen[str]:
 
 def killed_in_the_middle(place: Path, process: subprocess.Popen[str]) -> tuple[Path, bytes]:
     """SIGKILL the process at work on the first cell that has two lines; where that is, and its lines."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while process.poll() is None and time.monotonic() < deadline:
         for lines in place.rglob("predictions.jsonl"):
             lock = lines.with_name(LOCK_FILE)
@@ -71,7 +71,7 @@ def check_sweep(command: Sequence[str], place: Path, cells: int) -> None:
     """One process killed, the rest of the sweep done, the second command does what is missing, once."""
     process = started([*command, f"outputs={place}"])
     cell, lines = killed_in_the_middle(place, process)
-    shown, _ = process.communicate(timeout=400)
+    shown, _ = process.communicate(timeout=900)
     assert "codes [1, 0]" in shown, shown
     first, second = " ".join(shown.split()).split("Compression methods side by side")[1:]
     assert first.count("killed") == 2, "a row and a note"
