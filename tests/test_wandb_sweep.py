@@ -93,20 +93,23 @@ def test_command_lines_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_file_names_the_project(capsys: pytest.CaptureFixture[str]) -> None:
-    sweep = printed(["experiment=methods", "tracker.project=mine", "tracker.entity=team"], capsys)
-    assert (sweep["project"], sweep["entity"], sweep["name"]) == ("mine", "team", "methods")
-    assert sweep["parameters"]["budget"]["values"] == ["f05", "f10", "f25", "f50"]
-    assert "entity" not in printed(["experiment=methods"], capsys)
+    own = ["experiment=heterocache_steps", "method.steps=1,2"]
+    sweep = printed([*own, "tracker.project=mine", "tracker.entity=team"], capsys)
+    assert (sweep["project"], sweep["entity"], sweep["name"]) == ("mine", "team", "heterocache_steps")
+    assert sweep["parameters"] == {"method.steps": {"values": [1, 2]}}, "the command line wins"
+    sweep = printed(own, capsys)
+    assert sweep["project"] == "hcache"
+    assert "entity" not in sweep
 
 
 def test_numbers_are_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     """W&B plots over them."""
     found = printed(
-        ["budget.kept_fraction=0.1,0.25", "method.steps=1,5", "method.offload.enabled=true,false"], capsys
+        ["budget.kept_fraction=0.25,0.5", "method.steps=1,5", "method.offload.enabled=true,false"], capsys
     )
     values = {name: parameter["values"] for name, parameter in found["parameters"].items()}
     assert values == {
-        "budget.kept_fraction": [0.1, 0.25],
+        "budget.kept_fraction": [0.25, 0.5],
         "method.steps": [1, 5],
         "method.offload.enabled": ["True", "False"],
     }
@@ -117,7 +120,7 @@ def test_numbers_are_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["method=snapkv"], "nothing is swept over"),
         (["experiment=methdos"], "did you mean 'methods'?"),
-        (["experiment=methods", "launch=slurm"], "agents spread the cells"),
+        (["method=fullkv,snapkv", "launch=slurm"], "agents spread the cells"),
     ],
 )
 def test_what_makes_no_sweep_is_said(lines: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
