@@ -79,6 +79,9 @@ def test_a_click_sorts_by_value_and_leaves_what_is_missing_last(shown: Any) -> N
     assert click(shown, place) == "descending"
     assert column(shown, place)[:6] == [*up[4:6], up[3], *up[1:3], up[0]]
     assert column(shown, place)[6] == "-"
+    place = [head.inner_text() for head in heads].index("resident")
+    assert click(shown, place) == "ascending"
+    assert column(shown, place) == ["0.103", "0.103", "0.250", "0.253", "0.253", "1.000", "-"]
     assert click(shown, 0) == "ascending"
     assert column(shown, 0) == ["fullkv", *["h2o"] * 2, *["omnikv"] * 2, *["snapkv"] * 2]
     assert len(shown.query_selector_all("table >> nth=0 >> thead th[aria-sort]")) == 1
