@@ -151,6 +151,7 @@ def test_notes_are_of_the_shortest_and_the_longest_prompt() -> None:
         _budgets={tokens: Budget(kept_tokens=tokens) for tokens in (10, 20, 30)},
         _loaded=SimpleNamespace(geometry=None, tokenizer=SimpleNamespace(chat_template=None)),
         _run=SimpleNamespace(method=method, benchmark=SimpleNamespace(notes=lambda: ["its own"])),
+        _tracing=SimpleNamespace(notes=list),
     )
     assert worker.notes() == ["10 of 10", "always", "30 of 30", "its own"]
     worker.prompts[1] = replace(worker.prompts[1], example=replace(worker.prompts[1].example, chat=True))
