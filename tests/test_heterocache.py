@@ -174,6 +174,24 @@ def test_each_sequence_decides_for_itself() -> None:
     assert set(EARLY) <= set(state.kept()[0][1].tolist())
 
 
+def test_a_journal_notes_a_window_of_each_sequence_when_it_is_full() -> None:
+    """The second sequence starts one token late, so that windows end in different steps."""
+    method = make("heterocache", profile=PIVOT_AND_SATELLITE)
+    (state,) = method.layers(GEOMETRY, Budget(kept_fraction=0.5), [N, N])
+    state.backend = BACKENDS["reference"]
+    q, k, v = (x.repeat(2, 1, 1, 1) for x in planted(EARLY))
+    state.prefill(q, k, v, None)
+    state.journal = []
+    both = torch.stack([query(k, EARLY), query(k, LATE)]).view(2, 1, 1, DIM).expand(2, 8, 1, DIM)
+    seen = []
+    for step in range(11):
+        valid = torch.tensor([[step < 10], [step > 0]])
+        state.step(both, *torch.zeros(2, 2, 4, 1, DIM), valid)
+        seen += [(step, note.sequence, note.number, note.drifted) for note in state.journal]
+        state.journal.clear()
+    assert seen == [(4, 0, 1, False), (5, 1, 1, True), (9, 0, 2, False), (10, 1, 2, False)]
+
+
 def test_overlap_and_selection_equal_brute_force() -> None:
     """Random queries: the decision and the refreshed set, computed again with plain loops."""
     q, k, v = (torch.randn(1, h, N, DIM, generator=torch.Generator().manual_seed(h)) for h in (8, 4, 5))
