@@ -448,4 +448,4 @@ def _gaps(label: str, group: Sequence[Cell]) -> Iterator[str]:
     for status, lacking in missing.items():
         smallest = lacking[-1].smallest
         needs = f" (needs >= {smallest})" if smallest else ""
-        yield f"{label} {status} at {', '.join(cell.kept for cell in lacking)}{needs}"
+        yield f"{label} {status} at {', '.join(dict.fromkeys(cell.kept for cell in lacking))}{needs}"

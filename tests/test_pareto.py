@@ -52,6 +52,14 @@ def test_an_infeasible_cell_breaks_the_line_and_is_named(tmp_path: Path) -> None
     assert "omnikv infeasible at 0.1 (needs >= 0.1234)" in said
 
 
+def test_a_gap_of_several_seeds_is_named_once(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        leave(tmp_path, "omnikv", 0.25, seed=seed)
+        leave(tmp_path, "omnikv", 0.1, infeasible=0.2, seed=seed)
+    said = " ".join(text.get_text() for text in pareto(read([tmp_path]), ["one"]).texts)
+    assert "omnikv infeasible at 0.1 (needs >= 0.2)" in said
+
+
 def test_a_point_alone_between_gaps_shows_its_interval(tmp_path: Path) -> None:
     leave(tmp_path, "omnikv", 0.25)
     leave(tmp_path, "omnikv", 0.1, infeasible=0.2)
