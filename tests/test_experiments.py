@@ -42,7 +42,7 @@ CUT: dict[str, tuple[Data, list[str]]] = {
     "infinitebench": (infinitebench_of_heterocache, [TWO, "budget=f50", "benchmark.tasks=[passkey]"]),
     "heterocache_parts": LONGBENCH,
     "heterocache_thresholds": (longbench, [*LONGBENCH[1], "method.roles.stable_threshold=0.5"]),
-    "heterocache_steps": (longbench, [*LONGBENCH[1], "method.steps=1,5"]),
+    "heterocache_steps": LONGBENCH,
     "latency_224k": (
         None,
         [TWO, "budget=f50", "latency.contexts=[64]", "latency.batches=[1]", "latency.baselines=[]"],

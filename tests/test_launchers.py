@@ -108,9 +108,9 @@ def test_launcher_that_is_not_installed_is_said(name: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name", launchers.PACKAGES)
-def test_launcher_without_a_sweep_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run.main([f"launch={name}", "method=snapkv"]) == 2
-    assert f"launch={name} spreads the cells of a sweep" in capsys.readouterr().err
+def test_launcher_without_a_sweep_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"launch={name} spreads the cells of a sweep"):
+        run.check_lines([f"launch={name}", "method=snapkv"], multirun=False)
 
 
 def test_submitit_loses_a_job(cell: list[str], tmp_path: Path) -> None:
