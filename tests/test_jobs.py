@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
 
 import run
 from hcache import records
+from hcache.methods.registry import METHODS
 from runners import jobs
 from runners.config import register
 from runners.jobs import Job
@@ -75,6 +77,17 @@ def test_each_cell_once_and_none_that_is_done(cell: list[str]) -> None:
     assert len(jobs.pending([["runner=score"], ["runner=score"]])) == 2, "no cells, nothing known of them"
 
 
+@pytest.fixture
+def forgotten_plugin() -> Iterator[None]:
+    """What a plug-in registers is gone after the test: other tests go over all methods."""
+    yield
+    repo = ConfigStore.instance().repo
+    del METHODS._entries["travelling"]
+    for group in (repo["method"], repo["schema"]["method"]):
+        del group["travelling.yaml"]
+
+
+@pytest.mark.usefixtures("forgotten_plugin")
 def test_a_job_is_what_the_command_does(
     cell: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
