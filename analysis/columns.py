@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from analysis.cells import BASELINE, Cell, devices, tasks
+from analysis.seeds import TOGETHER, total
 from hcache.records import setting
-
-TOGETHER = "all tasks"
-"""The column of the benchmark's own average."""
 
 _UNITS = (("MiB", 1 << 20), ("KiB", 1 << 10), ("bytes", 1))
 
@@ -88,13 +86,12 @@ def _task(task: str, first: bool) -> Column:
 
 
 def _average(cell: Cell) -> Field:
-    """The record's score of all tasks, with an interval where one of its averages is that very score."""
-    score = dig(cell, "score")
-    if score is None:
+    """The record's score of all tasks, with an interval where it has one (analysis.seeds)."""
+    found = total([cell])
+    if found.mean != found.mean:
         return Field()
-    averages = (cell.result.get("aggregates") or {}).values()
-    interval = next((found["ci95"] for found in averages if found["score"] == score), None)
-    return _score({"score": score, "ci95": interval})
+    interval = None if found.low != found.low else (found.low, found.high)
+    return _score({"score": found.mean, "ci95": interval})
 
 
 def _score(found: Mapping[str, Any] | None) -> Field:

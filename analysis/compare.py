@@ -3,7 +3,9 @@
 `python -m analysis.compare outputs/<tag> --against heterocache` prints, for every other cell with the same
 model, benchmark and settings, at the same budget or without one, the difference of the mean scores with its
 bootstrap interval, on how many examples the method wins, ties and loses, a sign-flip p-value, and the same
-corrected for the number of rows (analysis.statistics). Cells that are not complete are named and left out.
+corrected for the number of rows (analysis.statistics). Where there are several tasks, a table of all their
+examples together comes first, with a correction of its own: read that one for a verdict on a method, the
+other for where it comes from. Cells that are not complete are named and left out.
 """
 
 from __future__ import annotations
@@ -18,7 +20,13 @@ from rich.table import Table
 
 from analysis import command, frame
 from analysis.cells import completed, read, unique
-from analysis.statistics import comparisons
+from analysis.statistics import comparisons, pooled
+
+
+def compared(examples: pd.DataFrame, method: str) -> list[pd.DataFrame]:
+    """`comparisons` of all tasks together, if there are several, and of each task. Errors as there."""
+    by_task = comparisons(examples, method)
+    return [by_task] if by_task["task"].nunique() < 2 else [comparisons(pooled(examples), method), by_task]
 
 
 def table(compared: pd.DataFrame, method: str) -> Table:
@@ -51,10 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def show() -> None:
         cells = unique(list(completed(read(asked.directories))))
-        compared = comparisons(frame.examples(cells), asked.against)
+        found = compared(frame.examples(cells), asked.against)
         if asked.out is not None:
-            command.tell(compared.to_csv(index=False), asked.out)
-        Console(width=160).print(table(compared, asked.against))
+            command.tell(pd.concat(found).to_csv(index=False), asked.out)
+        for one in found:
+            Console(width=160).print(table(one, asked.against))
 
     return command.answered(show)
 

@@ -11,22 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from analysis.cells import Cell
-from analysis.columns import TOGETHER
 from analysis.frame import examples as examples_of
-from analysis.statistics import comparisons
+from analysis.statistics import Paired, comparisons, pooled
 
 
 @dataclass(frozen=True)
-class Gap:
-    """A method minus the one it is held against, on one task.
+class Gap(Paired):
+    """A method minus the one it is held against, on one task, in points of 100.
 
     Args:
         label, kept: the method and its budget in words.
         against, against_kept: whom it is held against.
-        n: examples.
-        difference, low, high: points of 100, with the 95% interval of a bootstrap over examples.
-        wins, ties, losses: examples on which the method is better, equal, worse.
-        p, p_holm: of a sign-flip test, alone and corrected for all gaps beside it.
+        p_holm: `p` corrected for all gaps beside it.
     """
 
     label: str
@@ -34,14 +30,6 @@ class Gap:
     against: str
     against_kept: str
     task: str
-    n: int
-    difference: float
-    low: float
-    high: float
-    wins: int
-    ties: int
-    losses: int
-    p: float
     p_holm: float
 
     @property
@@ -66,8 +54,7 @@ class Gaps:
 
     Args:
         by_task: one for each other method, budget and task.
-        together: the same over the examples of all tasks, which a headline takes: few comparisons of many
-            examples show what many of few can't. Empty for one task.
+        together: the same over the examples of all tasks, which a headline takes. Empty for one task.
     """
 
     by_task: Sequence[Gap] = ()
@@ -89,8 +76,8 @@ def gaps(cells: Sequence[Cell], against: str) -> Gaps:
     by_task = [_gap(row, kept) for row in comparisons(examples, against).to_dict("records")]
     if len({gap.task for gap in by_task}) < 2:
         return Gaps(by_task)
-    pooled = examples.assign(task=TOGETHER, id=examples["task"] + "/" + examples["id"])
-    return Gaps(by_task, [_gap(row, kept) for row in comparisons(pooled, against).to_dict("records")])
+    rows = comparisons(pooled(examples), against).to_dict("records")
+    return Gaps(by_task, [_gap(row, kept) for row in rows])
 
 
 def _gap(row: Mapping[Hashable, Any], kept: Mapping[str, str]) -> Gap:

@@ -431,12 +431,16 @@ def _below(
     caption = (
         f"{cell['model']} on {cell['benchmark']}, n = {sizes(done)} a task and "
         f"{'cell' if seeds(done) else 'point'}; {f'{seeds(done)}; ' if seeds(done) else ''}"
-        f"{listed(devices(done))}; commit {listed(commits(done))}. Bands: 95% intervals of each task's score"
-        f"{'; all tasks together have none' if TOGETHER in lines else ''}."
+        f"{listed(devices(done))}; commit {listed(commits(done))}. Bands: 95% intervals"
+        f"{'; all tasks together have none' if _without_interval(lines.get(TOGETHER, {})) else ''}."
         f"{f' Numbers beside points: the budget asked of {listed(full)}.' if full else ''}"
     )
     gaps = "; ".join(gap for label, group in groups.items() for gap in _gaps(label, group))
     return [gaps, caption]
+
+
+def _without_interval(lines: Mapping[str, Sequence[Point]]) -> bool:
+    return any(point.has_numbers and point.low != point.low for line in lines.values() for point in line)
 
 
 def _gaps(label: str, group: Sequence[Cell]) -> Iterator[str]:

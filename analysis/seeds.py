@@ -2,19 +2,23 @@
 
 With one cell it is the record's. Of several, an example run under several seeds of the runtime counts once,
 with its mean: repeating an example is no new evidence. Another seed of the benchmark makes other examples.
-The interval is Wilson's of the mean over those examples, as in the records. Knows cells, no pictures.
+The interval is Wilson's of the mean over those examples, as in the records. All tasks together take theirs
+from the tasks'. Knows cells, no pictures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isclose
 from statistics import fmean
 
 from analysis.cells import Cell
-from hcache.metrics import wilson
+from hcache.metrics import mean_interval, wilson
 
 NAN = float("nan")
+TOGETHER = "all tasks"
+"""How all of them together are called."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,34 @@ def score(cells: Sequence[Cell], task: str) -> Score:
 
 
 def total(cells: Sequence[Cell]) -> Score:
-    """The benchmark's score of all tasks together: the mean over the seeds, without an interval."""
-    own = [cell.result["score"] for cell in cells if cell.completed and cell.result["score"] is not None]
-    n = max(
-        (sum(task["n"] for task in cell.result["tasks"].values()) for cell in cells if cell.completed),
-        default=0,
-    )
-    return Score(fmean(own), n=n) if own else Score()
+    """The benchmark's score of all tasks together: the mean over the seeds.
+
+    The interval is that of the record, where one of its averages is that very score; else, where the score is
+    the plain mean of the tasks, it comes from theirs (hcache.metrics.mean_interval). Otherwise there is none.
+    """
+    own = [cell for cell in cells if cell.completed and cell.result["score"] is not None]
+    if not own:
+        return Score()
+    mean = fmean(cell.result["score"] for cell in own)
+    found = [score(own, task) for task in dict.fromkeys(t for cell in own for t in cell.result["tasks"])]
+    low, high = _recorded(own) or _from_tasks(mean, found) or (NAN, NAN)
+    return Score(mean, low, high, sum(task.n for task in found))
+
+
+def _recorded(cells: Sequence[Cell]) -> tuple[float, float] | None:
+    """Of one run whose averages hold its score."""
+    if len(cells) > 1:
+        return None
+    result = cells[0].result
+    averages = (result.get("aggregates") or {}).values()
+    found = next((own["ci95"] for own in averages if own["score"] == result["score"]), None)
+    return (found[0], found[1]) if found else None
+
+
+def _from_tasks(mean: float, tasks: Sequence[Score]) -> tuple[float, float] | None:
+    if not tasks or not isclose(mean, fmean(task.mean for task in tasks), abs_tol=1e-9):
+        return None
+    return mean_interval([task.mean for task in tasks], [(task.low, task.high) for task in tasks])
 
 
 def _joined(cells: Sequence[Cell], task: str) -> Score:

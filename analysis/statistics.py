@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.seeds import TOGETHER
 from hcache.metrics import paired_bootstrap
 
 Unit = tuple[Hashable, str]
@@ -111,6 +112,13 @@ def comparisons(examples: pd.DataFrame, method: str, seed: int = 0) -> pd.DataFr
     for row, corrected in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = corrected
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def pooled(examples: pd.DataFrame) -> pd.DataFrame:
+    """The examples of all tasks as those of one, TOGETHER: few comparisons of many examples show what many
+    of few can't. Every example counts alike, whatever its task.
+    """
+    return examples.assign(task=TOGETHER, id=examples["task"] + "/" + examples["id"])
 
 
 def _family(examples: pd.DataFrame, method: str, seed: int) -> Iterator[dict[str, Any]]:

@@ -83,6 +83,24 @@ def wilson(score: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     return min(score, max(0.0, centre - half)), max(score, min(1.0, centre + half))
 
 
+def mean_interval(scores: Sequence[float], intervals: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """95% interval of the plain mean of independent scores, from the interval of each, on their scale.
+
+    The method of variance estimates recovery (Zou and Donner, Stat. Med. 27, 2008, eq. 3, for a sum): what
+    each interval gives its own bound is added up in squares. Of Wilson's intervals it is never empty.
+
+    Raises:
+        ValueError: no scores, or another number of intervals.
+    """
+    if not scores or len(scores) != len(intervals):
+        raise ValueError(f"each score needs its interval; got {len(scores)} and {len(intervals)}")
+    pairs = list(zip(scores, intervals, strict=True))
+    mean = math.fsum(scores) / len(scores)
+    below = math.hypot(*(score - low for score, (low, _) in pairs)) / len(scores)
+    above = math.hypot(*(high - score for score, (_, high) in pairs)) / len(scores)
+    return mean - below, mean + above
+
+
 def bootstrap_ci(
     values: Sequence[float], seed: int, level: float = 0.95, draws: int = 10_000
 ) -> tuple[float, float]:

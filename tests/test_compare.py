@@ -19,14 +19,16 @@ def test_the_table_names_both_methods_and_the_numbers_are_those_of_the_csv(
     out = tmp_path / "gaps.csv"
     assert main([str(tmp_path / "in"), "--against", "ours", "--out", str(out)]) == 0
     said = capsys.readouterr().out
+    assert "p (Holm) of 1 comparisons" in said
     assert "p (Holm) of 2 comparisons" in said
     assert "other f0.25" in said
     assert "+96.7" in said
     assert "29/1/0" in said
     found = pd.read_csv(out)
-    assert list(found["task"]) == ["one", "two"]
-    assert list(found["difference"]) == pytest.approx([100 * 29 / 30] * 2)
-    assert list(found["p_holm"]) == pytest.approx(list(2 * found["p"]))
+    assert list(found["task"]) == ["all tasks", "one", "two"]
+    assert list(found["n"]) == [60, 30, 30], "all examples together count alike"
+    assert list(found["difference"]) == pytest.approx([100 * 29 / 30] * 3)
+    assert list(found["p_holm"]) == pytest.approx(list(found["p"] * [1, 2, 2])), "each table has its own"
 
 
 def test_different_examples_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

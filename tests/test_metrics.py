@@ -5,7 +5,16 @@ import itertools
 import numpy as np
 import pytest
 
-from hcache.metrics import bootstrap_ci, exact_match, paired_bootstrap, tree_ci, tree_mean, tree_size
+from hcache.metrics import (
+    bootstrap_ci,
+    exact_match,
+    mean_interval,
+    paired_bootstrap,
+    tree_ci,
+    tree_mean,
+    tree_size,
+    wilson,
+)
 
 
 def test_exact_match_is_the_share_of_right_places() -> None:
@@ -128,3 +137,26 @@ def test_a_trees_interval() -> None:
     assert low < mean < high
     plain_low, plain_high = bootstrap_ci(values, seed=0)
     assert high - low == pytest.approx((plain_high - plain_low) / 2, rel=0.1)
+
+
+def test_interval_of_a_mean_of_tasks() -> None:
+    """One task has its own; symmetric ones are those of a sum of independent errors; none is no number."""
+    assert mean_interval([0.9], [wilson(0.9, 20)]) == pytest.approx(wilson(0.9, 20))
+    assert mean_interval([50, 20], [(44, 56), (12, 28)]) == pytest.approx((35 - 5, 35 + 5))
+    low, high = mean_interval([100, 100], [(90, 100), (90, 100)])
+    assert (low, high) == pytest.approx((100 - 10 / 2**0.5, 100)), "all right is not sure"
+    assert np.isnan(mean_interval([1.0, 2.0], [(0.0, 1.5), (float("nan"), 2.5)])[0])
+    for scores, intervals in (([], []), ([1.0], [])):
+        with pytest.raises(ValueError, match="its interval"):
+            mean_interval(scores, intervals)
+
+
+def test_interval_of_a_mean_of_tasks_covers_as_often_as_promised() -> None:
+    """Simulation: three tasks, easy, middling and hard, 30 answers each."""
+    rng = np.random.default_rng(0)
+    truth, n, runs = np.array([0.95, 0.5, 0.1]), 30, 4000
+    covered = 0
+    for scores in rng.binomial(n, truth, (runs, 3)) / n:
+        low, high = mean_interval(list(scores), [wilson(score, n) for score in scores])
+        covered += low <= truth.mean() <= high
+    assert covered / runs == pytest.approx(0.95, abs=0.02)

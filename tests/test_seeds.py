@@ -9,7 +9,7 @@ import pytest
 
 from analysis.cells import read
 from analysis.seeds import by_budget, score, seeds, total
-from hcache.metrics import wilson
+from hcache.metrics import mean_interval, wilson
 from tests.test_analysis_table import leave
 
 
@@ -19,6 +19,9 @@ def test_one_run_says_what_its_record_says(tmp_path: Path) -> None:
     found, entry = score(cells, "one"), cells[0].result["tasks"]["one"]
     assert (found.mean, [found.low, found.high], found.n) == (entry["score"], entry["ci95"], 4)
     assert total(cells).mean == cells[0].result["score"]
+    tasks = [score(cells, name) for name in ("one", "two")]
+    low, high = mean_interval([t.mean for t in tasks], [(t.low, t.high) for t in tasks])
+    assert (total(cells).low, total(cells).high, total(cells).n) == pytest.approx((low, high, 8))
     assert seeds(cells) == ""
     assert math.isnan(score(cells, "three").mean)
 
@@ -32,6 +35,21 @@ def test_an_example_run_twice_counts_once_and_another_seeds_examples_are_more(tm
         low, high = wilson(0.5, n)
         assert (found.mean, found.low, found.high, found.n) == pytest.approx((50, 100 * low, 100 * high, n))
         assert seeds(read([tmp_path / name])) == "2 seeds a point"
+
+
+def test_all_tasks_together_take_the_interval_of_the_record_and_none_where_it_is_not_known(
+    tmp_path: Path,
+) -> None:
+    """A benchmark may weigh its tasks: an interval of the plain mean would be another score's."""
+    leave(tmp_path, "snapkv", 0.25, scores=[1.0, 0.0])
+    (cell,) = read([tmp_path])
+    cell.result["score"] = 61.0
+    assert math.isnan(total([cell]).low)
+    cell.result["aggregates"] = {"other": {"score": 50.0, "ci95": [1, 2]}}
+    assert math.isnan(total([cell]).low)
+    cell.result["aggregates"]["official"] = {"score": 61.0, "ci95": [40.0, 70.0]}
+    found = total([cell])
+    assert (found.mean, found.low, found.high) == (61, 40, 70)
 
 
 def test_cells_without_numbers_are_in_their_budget_and_in_no_mean(tmp_path: Path) -> None:
