@@ -82,7 +82,7 @@ _SIGNS = {
     r"\textless{}": "<",
     r"\textgreater{}": ">",
     r"\textbar{}": "|",
-    r"\textquotedbl{}": '"',
+    r"\char34{}": '"',
 }
 
 

@@ -10,7 +10,7 @@ def test_every_sign_with_a_meaning_is_escaped() -> None:
     said = escaped('50% of $a_b & {c}#1 ~ ^ \\ < > | "')
     assert said == (
         r"50\% of \$a\_b \& \{c\}\#1 \textasciitilde{} \textasciicircum{} \textbackslash{} \textless{} "
-        r"\textgreater{} \textbar{} \textquotedbl{}"
+        r"\textgreater{} \textbar{} \char34{}"
     )
     assert escaped("a\n\nb") == "a b"
 
