@@ -26,8 +26,8 @@ methods: $(VENV)/.installed ## every method at four budgets: docs/methods.png, d
 	$(BIN)/python -m analysis.figure pareto outputs/methods --out docs/methods.png
 	$(BIN)/python -m analysis.table outputs/methods --out docs/results.md
 
-test: $(VENV)/.installed ## the whole test suite (CPU, no network)
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed ## the whole test suite (CPU, no network), a process a core
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 check: $(VENV)/.installed ## lint, format, types
 	$(BIN)/ruff check .
