@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from analysis import frame
 from analysis.cells import read, unfinished
 from hcache.records import config_hash, read_result
 from tests.test_analysis_table import leave
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_row_holds_what_the_record_says(tmp_path: Path) -> None:
@@ -129,6 +133,13 @@ def test_the_command_line_writes_each_frame(tmp_path: Path, capsys: pytest.Captu
         assert frame.main([name, str(tmp_path / "in")]) == 0
         assert capsys.readouterr().out == out.read_text()
     assert frame.main(["cells", str(tmp_path / "none")]) == 2
+
+
+def test_without_pandas_it_says_what_to_install() -> None:
+    code = "import sys; sys.modules['pandas'] = None; import analysis.table"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert said.returncode == 1
+    assert said.stderr.splitlines()[-1].endswith("not installed: pip install 'hcache[analysis]'")
 
 
 def test_two_thousand_cells_load_in_five_seconds(tmp_path: Path) -> None:
