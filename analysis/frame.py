@@ -1,15 +1,16 @@
 """Everything runs left as tidy pandas frames: of cells, of their tasks, of their examples.
 
 `python -m analysis.frame cells outputs/a outputs/b --out cells.csv` writes one of them as CSV; `cells`,
-`tasks` and `examples` give them to a notebook, from `analysis.cells.read`. All begin with the same columns
-(WHO), and `directory` joins them. Scores are 0 to 100; what a record doesn't have is missing (NaN, None),
-never 0. Reads files only.
+`tasks`, `examples` and `points` give them to a notebook, from `analysis.cells.read`. All begin with the same
+columns (WHO), and `directory` joins them. Scores are 0 to 100; what a record doesn't have is missing (NaN,
+None), never 0. Reads files only.
 
 | frame | a row is | columns beside WHO |
 |---|---|---|
 | cells | a cell, whatever its status | score, n, error, smallest_fraction, MEASURED, PLACE |
 | tasks | a task of a completed cell, or a benchmark's average | task, kind, metric, score, low, high, n |
 | examples | a line of predictions.jsonl of a completed cell | task, id, metric, score, EXAMPLE |
+| points | a context and batch of runner=latency | POINT |
 """
 
 from __future__ import annotations
@@ -89,6 +90,32 @@ PLACE: Mapping[str, tuple[str, ...]] = {
 EXAMPLE = ("prompt_tokens", "new_tokens", "prefill_ms", "decode_ms", "decode_steps", "length", "depth")
 """Columns of the examples frame beside its names and score."""
 
+POINT: Mapping[str, tuple[str, ...]] = {
+    "context": ("context",),
+    "batch": ("batch",),
+    "point_status": ("status",),
+    "decode_ms": ("decode_ms", "median"),
+    "decode_ms_p10": ("decode_ms", "p10"),
+    "decode_ms_p90": ("decode_ms", "p90"),
+    "decode_ms_mean": ("decode_ms", "mean"),
+    "prefill_ms": ("prefill_ms", "median"),
+    "floor_ms": ("floor_ms",),
+    "times_floor": ("times_floor",),
+    "fastest_baseline": ("fastest_baseline",),
+    "speedup": ("speedup",),
+    "tokens_per_s": ("tokens_per_s",),
+    "full_kv_bytes": ("full_kv_bytes",),
+    "resident_kv_bytes": ("resident_kv_bytes",),
+    "attended_kv_bytes": ("attended_kv_bytes",),
+    "host_kv_bytes": ("host_kv_bytes",),
+    "host_to_device_bytes_per_step": ("host_to_device_bytes_per_step",),
+    "peak_device_bytes": ("peak_device_bytes",),
+    "drift_rate": ("drift_rate",),
+    "engine": ("engine", "name"),
+}
+"""Columns of the points frame, and where a point of a record has them; ms are those of the whole batch."""
+_WORDS = ("point_status", "fastest_baseline", "engine")
+
 _LEAF = re.compile(r"(?P<method>.+)-(?P<budget>full|f[\d.e-]+|t\d+)-s(?P<seed>\d+)-(?P<hash>[0-9a-f]{8})")
 
 
@@ -116,6 +143,17 @@ def examples(found: Sequence[Cell]) -> pd.DataFrame:
     rows = [row for cell, who in _named(found) if cell.completed for row in _example_rows(cell, who)]
     columns = [*WHO, "task", "id", "metric", "score", *EXAMPLE]
     return _numeric(pd.DataFrame(rows, columns=columns), ["score", *EXAMPLE])
+
+
+def points(found: Sequence[Cell]) -> pd.DataFrame:
+    """One row for each context and batch that runner=latency measured, or could not."""
+    rows = [
+        {**who, **{name: _dig(point, path) for name, path in POINT.items()}}
+        for cell, who in _named(found)
+        for point in (cell.result.get("latency") or {}).get("points", [])
+    ]
+    frame = pd.DataFrame(rows, columns=[*WHO, *POINT])
+    return _numeric(frame, [name for name in POINT if name not in _WORDS])
 
 
 def _named(found: Sequence[Cell]) -> list[tuple[Cell, dict[str, Any]]]:
@@ -212,7 +250,11 @@ def _numeric(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     return frame.astype(dict.fromkeys(columns, "float64"))
 
 
-FRAMES: Mapping[str, Callable[[Sequence[Cell]], pd.DataFrame]] = {"tasks": tasks, "examples": examples}
+FRAMES: Mapping[str, Callable[[Sequence[Cell]], pd.DataFrame]] = {
+    "tasks": tasks,
+    "examples": examples,
+    "points": points,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from analysis.disagreements import Chosen, chosen
 from analysis.families import Family, families
 from analysis.findings import Finding, findings
 from analysis.gaps import Gaps, gaps
+from analysis.latency_records import Sweep, sweeps
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,18 @@ class Lost:
 
 @dataclass(frozen=True)
 class Report:
-    """title: the directories; cells: every recorded one, those of runner=latency in `latency` alone."""
+    """title: the directories; latency: the cells of runner=latency, which are in no section."""
 
     title: str
     sections: Sequence[Section]
     lost: Sequence[Lost]
-    latency: Sequence[Cell]
+    latency: Sequence[Sweep]
 
     @property
     def cells(self) -> list[Cell]:
-        return [cell for section in self.sections for cell in section.family.cells]
+        """Every recorded one."""
+        scored = [cell for section in self.sections for cell in section.family.cells]
+        return [*scored, *(cell for sweep in self.latency for cell in sweep.cells)]
 
     @property
     def counts(self) -> str:
@@ -78,8 +81,9 @@ def gather(directories: Sequence[Path], against: str = BASELINE, examples: int =
         ValueError: a directory below which no run left anything.
     """
     cells, unread = survey(directories)
-    latency = [cell for cell in cells if "points" in (cell.result.get("latency") or {})]
-    own = families([cell for cell in cells if cell not in latency])
+    latency = sweeps(cells)
+    timed = {id(cell) for sweep in latency for cell in sweep.cells}
+    own = families([cell for cell in cells if id(cell) not in timed])
     return Report(
         ", ".join(str(directory) for directory in directories),
         [_section(family, against, examples) for family in own],

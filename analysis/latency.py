@@ -72,7 +72,7 @@ def _draw(sweep: Sweep, width: float, foot: Sequence[str]) -> Figure:
         raise ValueError("no point of any cell has numbers: there is nothing to draw")
     budgets, batches = sweep.budgets, sweep.batches
     across = max(1, int(width / 1.75))
-    bottom = 0.75 + 0.19 * -(-(len(sweep.lines) + 2) // across) + drawing.foot_inches(foot)
+    bottom = 0.68 + 0.19 * -(-(len(sweep.lines) + 2) // across) + drawing.foot_inches(foot)
     height = 2.9 * len(batches) + bottom + 0.3
     figure = drawing.sheet(width, height)
     axes = figure.subplots(len(batches), len(budgets), squeeze=False, sharex=True, sharey=True)
@@ -125,7 +125,7 @@ def _scales(axis: Axes, contexts: Sequence[int]) -> None:
     axis.xaxis.set_major_locator(FixedLocator(contexts))
     axis.xaxis.set_major_formatter(FixedFormatter([short_tokens(context) for context in contexts]))
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.tick_params(axis="x", labelrotation=45)
+    axis.tick_params(axis="x", labelrotation=90)
     axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.yaxis.set_minor_locator(NullLocator())

@@ -5,6 +5,7 @@ Parts of one sweep may lie in several cells (some contexts here, others there). 
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,12 @@ class Sweep:
     cells: Sequence[Cell]
 
     @property
+    def name(self) -> str:
+        """The model and where it ran, in words."""
+        ran = [cell for cell in self.cells if cell.result["provenance"]["device"]]
+        return ", ".join([str(self.cells[0].result["cell"]["model"]), *devices(ran)])
+
+    @property
     def contexts(self) -> list[int]:
         return sorted({context for line in self.lines for context, _ in line.points})
 
@@ -102,6 +109,18 @@ class Sweep:
                 run = point["run"]
                 found.setdefault((run["started"], run["process"]), baseline)
         return list(found.values())
+
+
+def sweeps(cells: Sequence[Cell]) -> list[Sweep]:
+    """The latency cells, those that can stand side by side together, by name; other cells are left out."""
+    groups: dict[tuple[str, str | None], list[Cell]] = {}
+    own = [cell for cell in cells if "points" in (cell.result.get("latency") or {})]
+    for cell in sorted(own, key=lambda cell: cell.result["provenance"]["device"] is None):
+        shared, device = json.dumps(_shared(cell), sort_keys=True), cell.result["provenance"]["device"]
+        alike = [key for key in groups if key[0] == shared]
+        key = alike[0] if device is None and alike else (shared, device)  # it never ran: no other place
+        groups.setdefault(key, []).append(cell)
+    return sorted(map(collect, groups.values()), key=lambda sweep: sweep.name)
 
 
 def collect(cells: Sequence[Cell]) -> Sweep:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 from analysis import drawing, heatmap, latency, pareto
-from analysis.cells import Cell
 from analysis.families import Family
+from analysis.latency_records import Sweep
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ def of_family(family: Family) -> Iterator[Shown]:
             yield _shown(caption, words, partial(heatmap.picture, cells), has_scale=True)
 
 
-def of_latency(cells: Sequence[Cell]) -> Shown:
+def of_latency(sweep: Sweep) -> Shown:
     """Milliseconds a step against context."""
-    caption = "Milliseconds a decode step against context; python -m analysis.latency has every point."
-    return _shown(caption, caption, partial(latency.picture, cells))
+    caption = "Milliseconds a decode step against context. The numbers are in the table."
+    return _shown(caption, caption, partial(latency.picture, sweep.cells))
 
 
 def _shown(

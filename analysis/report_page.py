@@ -13,6 +13,8 @@ from analysis.families import Family, Row, seeds
 from analysis.findings import Finding
 from analysis.gaps import Gap, p_shown
 from analysis.gathered import Lost, Report, Section
+from analysis.latency_columns import LEGEND, POINTS, every_point
+from analysis.latency_records import Sweep
 from analysis.page import Entry, Html, bullets, element, folded
 from analysis.report_tables import BEST, GAPS
 from analysis.table import legend, notes
@@ -101,9 +103,11 @@ def _results(family: Family) -> Html:
 
 def _fields(row: Row) -> Iterator[Entry]:
     for place, field in enumerate(row.fields):
-        yield Entry(
-            _field(field, place in row.best), field.value, field.value is not None or field.text == "-"
-        )
+        yield _entry(field, place in row.best)
+
+
+def _entry(field: Field, best: bool = False) -> Entry:
+    return Entry(_field(field, best), field.value, field.value is not None or field.text == "-")
 
 
 def _field(field: Field, best: bool) -> Html:
@@ -182,8 +186,16 @@ def _quoted(text: str) -> Html:
 
 def _latency(report: Report) -> Iterator[Html]:
     if report.latency:
-        shown = _picture(pictures.of_latency(report.latency))
-        yield element("section", element("h2", "Latency"), shown, id="latency")
+        shown = [part for sweep in report.latency for part in _sweep(sweep)]
+        yield element("section", element("h2", "Latency"), *shown, id="latency")
+
+
+def _sweep(sweep: Sweep) -> Iterator[Html]:
+    yield element("h3", sweep.name)
+    yield _picture(pictures.of_latency(sweep))
+    yield element("p", LEGEND)
+    rows = [[_entry(field) for field in row] for row in every_point(sweep)]
+    yield page.table(f"Every point of runner=latency: {sweep.name}", POINTS, rows)
 
 
 def _lost(report: Report) -> Iterator[Html]:
@@ -203,9 +215,10 @@ def _provenance(report: Report) -> Html:
     found = page.table(
         "Where each cell is from", _PROVENANCE, (_origin(label, cell) for label, cell in cells)
     )
+    timed = [(cell.method, cell) for sweep in report.latency for cell in sweep.cells]
     configs = [
         folded(f"{label}, {cell.kept} kept: {cell.directory}", element("pre", _config(cell)))
-        for label, cell in [*cells, *((cell.method, cell) for cell in report.latency)]
+        for label, cell in [*cells, *timed]
     ]
     return element(
         "section",

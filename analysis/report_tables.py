@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
+from operator import itemgetter
 
 from analysis import latex, markdown
 from analysis.columns import Column, Field
 from analysis.families import Family, Row
 from analysis.gaps import p_shown
 from analysis.gathered import Report, Section
+from analysis.latency_columns import LEGEND, by_context
 from analysis.table import legend, notes
 
 BEST = "Bold: the highest score at that budget, which no test stands behind."
@@ -25,6 +27,7 @@ def as_markdown(report: Report, intervals: bool = True) -> str:
         [
             f"# {report.title}",
             *(part for section in report.sections for part in _section(section, intervals)),
+            *_latency(report),
             _without_numbers(report),
         ]
     )
@@ -68,6 +71,19 @@ def _gaps(section: Section) -> str:
     return markdown.table(GAPS, rows) if rows else section.without_gaps
 
 
+def _latency(report: Report) -> Iterator[str]:
+    for title, header, rows in _steps(report):
+        yield f"## {title}\n\n{markdown.table(header, rows)}"
+
+
+def _steps(report: Report) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, headings and rows of what runner=latency left, for each sweep and batch."""
+    for sweep in report.latency:
+        for batch in sweep.batches:
+            title = f"{sweep.name}: ms a decode step (times its floor), batch {batch}"
+            yield title, *by_context(sweep, batch)
+
+
 def _without_numbers(report: Report) -> str:
     rows = [[lost.name, lost.status, lost.reason] for lost in report.lost]
     if not rows:
@@ -82,7 +98,14 @@ def as_latex(report: Report, intervals: bool = True) -> str:
     """A table for each family with numbers. It needs booktabs and graphicx."""
     head = r"% Needs \usepackage{booktabs,graphicx}. Made by python -m analysis.report from the records."
     tables = [_table(section.family, intervals) for section in report.sections if section.family.done]
-    return "\n\n".join([head, *tables]) + "\n"
+    return "\n\n".join([head, *tables, *_latency_tables(report)]) + "\n"
+
+
+def _latency_tables(report: Report) -> Iterator[str]:
+    for title, header, rows in _steps(report):
+        groups = [[list(map(latex.escaped, row)) for row in own] for _, own in groupby(rows, itemgetter(0))]
+        caption = latex.escaped(f"{title}. {LEGEND}")
+        yield latex.table(list(map(latex.escaped, header)), groups, 2, caption, title)
 
 
 def _table(family: Family, intervals: bool) -> str:
