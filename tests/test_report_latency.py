@@ -49,21 +49,29 @@ def test_every_point_is_in_the_page_with_the_numbers_of_its_record(tmp_path: Pat
     body = rows(table)[1:]
     points = sum(len(result["latency"]["points"]) for result in records(tmp_path / "in"))
     assert len(body) == points + 2 * 4, "two of transformers' own ran at each of four places"
-    assert next(row for row in body if row[4] == "out of memory")[:5] == [
-        "snapkv",
-        "0.1",
-        "128K",
-        "4",
-        "out of memory",
+    first = point(32768, 1, 0.1)
+    ms, low, high = (f"{first['decode_ms'][key]:.2f}" for key in ("median", "p10", "p90"))
+    fast, tokens = f"{first['speedup']:.1f}", f"{first['tokens_per_s']:.0f}"
+    own = [row for row in body if row[0] == "snapkv"]
+    assert own[0][2:] == [
+        "32K",
+        "1",
+        f"{ms} [{low}, {high}]",
+        "1.25",
+        fast,
+        tokens,
+        "-",
+        "40.0",
+        "3.0",
+        "5.00",
     ]
+    assert own[-1][2:5] == ["128K", "4", "out of memory"]
     assert len(page.all("img")) == 1
 
     batches = [found for found in markdown_tables(markdown) if found[0][:2] == ["method", "kept"]]
     assert [batch[0] for batch in batches] == [["method", "kept", "32K", "128K"]] * 2
     assert batches == latex_tables(tex)
-    first = point(32768, 1, 0.1)
-    said = f"{first['decode_ms']['median']:.2f} (1.25)"
-    assert ["snapkv", "0.1", said] == next(row for row in batches[0] if row[0] == "snapkv")[:3]
+    assert ["snapkv", "0.1", f"{ms} (1.25)"] == next(row for row in batches[0] if row[0] == "snapkv")[:3]
     assert next(row for row in batches[1] if row[0] == "snapkv")[3] == "out of memory"
     assert [row[0] for row in batches[0][-2:]] == ["transformers, sdpa", "transformers, static_compile"]
 
