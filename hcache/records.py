@@ -1,7 +1,7 @@
 """What a run leaves behind: `result.json` and `predictions.jsonl`, their schema, hash, atomic writes and
 resume.
 
- A cell is one model x benchmark x method x budget x seed. Its predictions file grows by one line an example
+A cell is one model x benchmark x method x budget x seed. Its predictions file grows by one line an example
 and is the only state of a run: the result is computed from those lines, so a killed run that is repeated
 ends with the same one. This module knows no method, no model, no statistics and no tracker, and imports no
 torch.
@@ -28,6 +28,7 @@ SCHEMA = 1
 STATUSES = ("completed", "infeasible", "failed")
 RESULT_FILE = "result.json"
 PREDICTIONS_FILE = "predictions.jsonl"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _REQUIRED = ("schema", "status", "cell", "config", "config_hash", "provenance")
 # What the hash covers of a configuration, and what it leaves out there: where things lie and how many
 # examples.
@@ -152,8 +153,7 @@ def safe_name(text: str) -> str:
 def write_result(directory: Path, result: Mapping[str, Any]) -> Path:
     """Write `result.json` atomically: a reader sees the old file or the new one, never half of one."""
     path = directory / RESULT_FILE
-    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-    _replace(path, text + "\n")
+    _replace(path, _json(result, indent=1) + "\n")
     return path
 
 
@@ -246,7 +246,13 @@ class Predictions:
 
 
 def _dump(line: Line) -> str:
-    return json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+    return _json(line) + "\n"
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """As it is read; half a surrogate pair, which UTF-8 has no bytes for, as an escape."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 # --- provenance

@@ -175,6 +175,16 @@ def test_lines_round_trip(tmp_path: Path) -> None:
     assert predictions.load() == LINES[1:]
 
 
+def test_half_a_surrogate_pair_is_a_text_like_any_other(tmp_path: Path) -> None:
+    """Rows that hold escapes may bring one, and UTF-8 has no bytes for it."""
+    torn = "\ud83d and \udc00 beside 𝄞 and \\ud83d"
+    predictions = Predictions(tmp_path)
+    predictions.append([{**LINES[0], "prediction": torn}])
+    assert predictions.load() == [{**LINES[0], "prediction": torn}]
+    path = records.write_result(tmp_path, {"notes": [torn]})
+    assert json.loads(path.read_text(encoding="utf-8"))["notes"] == [torn]
+
+
 def test_torn_line_is_dropped_wherever_the_kill_came(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
