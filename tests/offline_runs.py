@@ -1,14 +1,27 @@
-"""What W&B's client wrote of an offline run: its .wandb file, read with the client's own protobuf records."""
+"""Small real runs with W&B offline, and what the client wrote of them: protobuf records in a .wandb file."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from wandb.proto import wandb_internal_pb2
 
+from hcache.benchmarks import BENCHMARKS
+from hcache.records import Line, Predictions, Result, read_result
+from runners import evaluate, interrupt
+from runners.config import RunConfig, TrackerConfig, TrackerMode, register
+from runners.plan import planned
+from tests.cells import cell, write_checkpoint
+
+OFFLINE = TrackerConfig(name="wandb", mode=TrackerMode.offline)
+NEEDLE = {"lengths": (700, 800), "depths": (0.0, 50.0, 100.0), "limit": 3}
 BLOCK, HEADER, FILE_HEADER = 32768, 7, 7
 
 
@@ -73,3 +86,53 @@ def summary(records: list[Any]) -> dict[str, Any]:
 
 def _key(item: Any) -> str:
     return item.key or "/".join(item.nested_key)
+
+
+# --- runs
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A run's place, its record and lines, and what the tracker's file holds of it."""
+
+    directory: Path
+    result: Result
+    lines: list[Line]
+    group: str
+    config: dict[str, Any]
+    history: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+def tracked(run: RunConfig) -> Tracked:
+    """Of a cell that has ended, with its one offline run."""
+    place = planned(run).directory
+    result = read_result(place)
+    assert result is not None
+    found = logged(place)
+    parts = the_run(found).run_group, config(found), history(found), summary(found)
+    return Tracked(place, result, Predictions(place).load(), *parts)
+
+
+def needle_run(place: Path, method: str) -> Tracked:
+    """A benchmark with averages of its own, as runner=evaluate runs it; two tasks of three examples."""
+    run = cell(write_checkpoint(place / "model"), place / "out", method, kept_fraction=0.5)
+    run = replace(run, benchmark=BENCHMARKS.get("needle")(**NEEDLE), tracker=OFFLINE)
+    scores = itertools.cycle((0.25, 1.0, 0.75))
+    with pytest.MonkeyPatch.context() as patch:  # random weights answer nothing: a zero would show little
+        patch.setattr(BENCHMARKS.get("needle"), "score", lambda *args: next(scores))
+        assert evaluate.run(run).status == "completed"
+    return tracked(run)
+
+
+@contextmanager
+def without_account(home: Path) -> Iterator[None]:
+    """W&B's client with a home of its own in which nobody is logged in."""
+    register()
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR", "WANDB_RUN_ID"):
+            patch.delenv(variable, raising=False)
+        for variable in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "NETRC"):
+            patch.setenv(variable, str(home / variable.lower()))
+        yield
+    interrupt.forget()

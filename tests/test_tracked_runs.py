@@ -2,47 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hcache import records
-from hcache.benchmarks import BENCHMARKS
-from runners import evaluate, interrupt, latency
-from runners.config import RunConfig, TrackerConfig, TrackerMode, register
+from runners import latency
 from runners.latency_settings import Baseline
-from runners.plan import planned
 from runners.tracking import point_metrics
-from tests import offline_runs, test_latency
-from tests.cells import cell, write_checkpoint
-
-OFFLINE = TrackerConfig(name="wandb", mode=TrackerMode.offline)
-NEEDLE = {"lengths": (700, 800), "depths": (0.0, 50.0, 100.0), "limit": 3}
-
-
-@dataclass(frozen=True)
-class Tracked:
-    """A run's record, its lines, and what the tracker's file holds of it."""
-
-    result: records.Result
-    lines: list[records.Line]
-    config: dict[str, Any]
-    history: list[dict[str, Any]]
-    summary: dict[str, Any]
-
-
-def tracked(run: RunConfig) -> Tracked:
-    """Of a cell that has ended, with its one offline run."""
-    place = planned(run).directory
-    result = records.read_result(place)
-    assert result is not None
-    found = offline_runs.logged(place)
-    parts = offline_runs.config(found), offline_runs.history(found), offline_runs.summary(found)
-    return Tracked(result, records.Predictions(place).load(), *parts)
+from tests import test_latency
+from tests.offline_runs import OFFLINE, Tracked, needle_run, tracked, without_account
 
 
 def leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
@@ -62,28 +34,13 @@ def measured(result: records.Result) -> dict[tuple[str | int, ...], Any]:
 
 @pytest.fixture(autouse=True, scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """W&B's client without an account, and with a home of its own."""
-    register()
-    with pytest.MonkeyPatch.context() as patch:
-        for variable in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR", "WANDB_RUN_ID"):
-            patch.delenv(variable, raising=False)
-        for variable in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
-            patch.setenv(variable, str(tmp_path_factory.mktemp("wandb-home")))
+    with without_account(tmp_path_factory.mktemp("wandb-home")):
         yield
-    interrupt.forget()
 
 
 @pytest.fixture(scope="module", params=["snapkv", "shadowkv", "fullkv"])
 def example_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tracked:
-    """A benchmark with averages of its own, as runner=evaluate runs it."""
-    place = tmp_path_factory.mktemp(request.param)
-    run = cell(write_checkpoint(place / "model"), place / "out", request.param, kept_fraction=0.5)
-    run = replace(run, benchmark=BENCHMARKS.get("needle")(**NEEDLE), tracker=OFFLINE)
-    scores = itertools.cycle((0.25, 1.0, 0.75))
-    with pytest.MonkeyPatch.context() as patch:  # random weights answer nothing: a zero would show little
-        patch.setattr(BENCHMARKS.get("needle"), "score", lambda *args: next(scores))
-        assert evaluate.run(run).status == "completed"
-    return tracked(run)
+    return needle_run(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def test_every_figure_of_the_record_is_in_the_summary(example_run: Tracked) -> None:
