@@ -28,20 +28,8 @@ def _parser() -> argparse.ArgumentParser:
     asking = command.parser("wandb_report", __doc__)
     add = asking.add_argument
     add("project", metavar="ENTITY/PROJECT", help="where the runs are, and where the report goes")
-    add(
-        "--tag",
-        action="append",
-        metavar="TAG",
-        help="a tag of the runs, which is their group; repeat for more",
-    )
-    add(
-        "--records",
-        type=Path,
-        nargs="+",
-        default=(),
-        metavar="DIR",
-        help=f"show these: {command.DIRECTORIES}",
-    )
+    add("--tag", action="append", metavar="TAG", help="of the runs: their group; repeat for more")
+    add("--records", type=Path, nargs="+", default=(), metavar="DIR", help=RECORDS)
     add("--preview", action="store_true", help="print the report as JSON and save nothing")
     return asking
 
