@@ -94,15 +94,17 @@ class WandbTracker:
             self.example(line)
 
     def example(self, line: Line) -> None:
-        """Log one example's scores and times; a step the server has already is passed over."""
-        if self._count >= self._run.step:
-            self._run.log(example_metrics(line), step=self._count)
-        self._count += 1
+        """Log one example's scores and times."""
+        self._row(example_metrics(line))
 
     def finish(self, result: Result | None, lines: Sequence[Line]) -> None:
-        """Log the table of predictions and the summary, close the run, remove what it replaces."""
+        """Log points of runner=latency, the table of predictions and the summary; close the run, remove what
+        it replaces.
+        """
         import wandb
 
+        for point in points(result):
+            self._row(point_metrics(point))
         if lines:
             rows = [[_cell_text(line[key]) for key in _TABLE] for line in lines]
             self._run.log({"predictions": wandb.Table(columns=list(_TABLE), data=rows)})
@@ -112,6 +114,12 @@ class WandbTracker:
         self._run.finish(exit_code=0 if result is not None and result["status"] != "failed" else 1)
         if self.mode == "offline":
             self._remove_older(current)
+
+    def _row(self, metrics: Mapping[str, float]) -> None:
+        """Log one step; one that the server has already is passed over."""
+        if self._count >= self._run.step:
+            self._run.log(dict(metrics), step=self._count)
+        self._count += 1
 
     def _remove_older(self, current: Path) -> None:
         for old in (self._directory / "wandb").glob(f"offline-run-*-{self._id}"):
@@ -173,10 +181,33 @@ def example_metrics(line: Line) -> dict[str, float]:
     return {**metrics, **({"decode_ms_per_token": line["decode_ms"] / steps} if steps else {})}
 
 
+def points(result: Result | None) -> Sequence[Mapping[str, Any]]:
+    """The contexts and batches of a record of runner=latency; none of any other."""
+    found: Sequence[Mapping[str, Any]] = ((result or {}).get("latency") or {}).get("points") or []
+    return found
+
+
+def point_metrics(point: Mapping[str, Any]) -> dict[str, float]:
+    """What is plotted over contexts: the numbers of a point, and the medians of its times.
+
+    The summary holds points as well, but as a list, which W&B can't plot.
+    """
+    medians = {key: value["median"] for key, value in point.items() if _has_median(value)}
+    flat = {**point, **medians}
+    return {f"latency/{key}": value for key, value in flat.items() if _is_number(value)}
+
+
 def summary_metrics(result: Result) -> dict[str, Any]:
-    """The measured part of a result, as W&B's summary."""
-    kept = ("status", "score", "tasks", "budget", "memory", "latency", "counters", "notes", "provenance")
-    return {key: result[key] for key in kept if result.get(key) is not None}
+    """A record as W&B's summary: all of it but the configuration, which is the run's own."""
+    return {key: value for key, value in result.items() if key != "config" and value is not None}
+
+
+def _has_median(value: Any) -> bool:
+    return isinstance(value, Mapping) and _is_number(value.get("median"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _cell_text(value: Any) -> Any:

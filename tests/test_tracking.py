@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from wandb.proto import wandb_internal_pb2
 
 from hcache.records import Cell
 from runners.config import TrackerConfig, TrackerMode
 from runners.tracking import NoTracker, SafeTracker, WandbTracker, make_tracker, run_id
+from tests.offline_runs import config, history, logged, summary, the_run
 
 CELL = Cell("my_tag", "tiny", "retrieval", "snapkv", "f0.25", 0, "0123456789abcdef" * 4)
 CONFIG = {"method": {"name": "snapkv", "window": 32}, "budget": {"kept_fraction": 0.25}}
-BLOCK, HEADER, FILE_HEADER = 32768, 7, 7
 
 
 def line(number: int) -> dict[str, Any]:
@@ -32,42 +30,6 @@ RESULT = {
     "tasks": {"single": {"score": 37.5, "n": 4}},
     "latency": {"prefill_ms": {"median": 10.0}},
 }
-
-
-def fragments(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """(type, data) of a file in LevelDB's log format, whose file header counts as part of the first block."""
-    at = FILE_HEADER
-    while at + HEADER <= len(content):
-        room = BLOCK - at % BLOCK
-        if room < HEADER:
-            at += room
-            continue
-        size, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
-        yield kind, content[at + HEADER : at + HEADER + size]
-        at += HEADER + size
-
-
-def logged(directory: Path) -> list[Any]:
-    """The protobuf records of the one offline run under `directory`."""
-    (file,) = directory.glob("wandb/offline-run-*/run-*.wandb")
-    found, parts = [], b""
-    for kind, data in fragments(file.read_bytes()):
-        parts = data if kind in (1, 2) else parts + data
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            found.append(record)
-    return found
-
-
-def history(records: list[Any]) -> list[dict[str, Any]]:
-    """The logged rows."""
-    rows = [record.history for record in records if record.HasField("history")]
-    return [{_key(item): json.loads(item.value_json) for item in row.item} for row in rows]
-
-
-def _key(item: Any) -> str:
-    return item.key or "/".join(item.nested_key)
 
 
 @pytest.fixture(autouse=True)
@@ -103,17 +65,10 @@ def test_resumed_offline_leaves_one_whole_run(tmp_path: Path, capfd: pytest.Capt
     assert scores == [0, 25, 50, 75]
     assert [row["_step"] for row in rows if "score/single" in row] == [0, 1, 2, 3]
     assert any(key.split("/")[0] == "predictions" for row in rows for key in row)
-    run = next(record.run for record in found if record.HasField("run"))
+    run = the_run(found)
     assert (run.run_id, run.run_group, run.project) == (f"my_tag-{'0123456789abcdef'}", "my_tag", "hcache")
-    config = {_key(item): json.loads(item.value_json) for item in run.config.update}
-    assert config["method"] == CONFIG["method"]
-    summary = {
-        _key(item): json.loads(item.value_json)
-        for record in found
-        if record.HasField("summary")
-        for item in record.summary.update
-    }
-    assert summary["score"] == 37.5
+    assert config(found) == CONFIG
+    assert summary(found)["score"] == 37.5
     table = next(tmp_path.glob("wandb/offline-run-*/files/media/table/*.json"))
     assert len(json.loads(table.read_text())["data"]) == 4
     assert capfd.readouterr() == ("", ""), "the client stays quiet"
