@@ -28,6 +28,8 @@ SCHEMA = 1
 STATUSES = ("completed", "infeasible", "failed")
 RESULT_FILE = "result.json"
 PREDICTIONS_FILE = "predictions.jsonl"
+SHARDS = "shards"
+"""Directory of the parts of a cell, below its own."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _REQUIRED = ("schema", "status", "cell", "config", "config_hash", "provenance")
 # What the hash covers of a configuration, and what it leaves out there: where things lie and how many

@@ -24,9 +24,9 @@ from runners.lock import CellBusy, locked
 from runners.notes import counted
 from runners.plan import PlannedCell, planned
 from runners.result import completed, head, requested
+from runners.tracking import make_tracker
 
 log = logging.getLogger(__name__)
-DIRECTORY = "shards"
 
 
 class MergeError(ValueError):
@@ -105,12 +105,15 @@ def _merged(plan: PlannedCell) -> CellOutcome:
         _check_standing(predictions.path, lines)
         predictions.rewrite(lines)
         records.write_result(plan.directory, result)
+        tracker = make_tracker(plan.run.tracker, plan.cell, plan.directory)
+        tracker.start(result["config"], lines)
+        tracker.finish(result, lines)
     return CellOutcome("completed", plan.directory, f"{len(lines)} examples of {len(parts)} shards merged")
 
 
 def _read(cell: Path) -> list[Part]:
     """All shards of the cell, by number. Raises MergeError for none, gaps, or those of different counts."""
-    place = cell / DIRECTORY
+    place = cell / records.SHARDS
     found: dict[Shard, Path] = {}
     for directory in sorted(place.iterdir()) if place.is_dir() else []:
         match = re.fullmatch(r"(\d+)of(\d+)", directory.name)

@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from hcache.benchmarks.base import shard_of
-from hcache.records import Cell
+from hcache.records import SHARDS, Cell
 from runners.config import CONF, ConfigError, RunConfig, cell_of, one_line, plain_config, typed
 
 
@@ -41,7 +41,7 @@ class PlannedCell:
         """Where its records go; those of a shard below the cell's."""
         whole = self.cell.directory(self.run.outputs)
         shard = shard_of(getattr(self.run.benchmark, "shard", None))
-        return whole if shard is None else whole / "shards" / shard.label
+        return whole if shard is None else whole / SHARDS / shard.label
 
 
 def planned(run: RunConfig) -> PlannedCell:

@@ -167,7 +167,7 @@ def find_cells(source: Path, benchmark: str) -> list[Path] | None:
         return None
     found, others, unfinished = [], set(), []
     for directory in directories:
-        if directory.parent.name == "shards":
+        if directory.parent.name == records.SHARDS:
             continue
         result = records.read_result(directory)
         if result is None or result["status"] != "completed":

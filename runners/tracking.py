@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from hcache.records import Cell, Line, Result
+from hcache.records import SHARDS, Cell, Line, Result
 from runners.config import TrackerConfig
 
 log = logging.getLogger(__name__)
@@ -59,11 +59,18 @@ class NoTracker:
 
 
 class WandbTracker:
-    """One W&B run a cell: its id is tag and config hash, its group is the tag."""
+    """One W&B run a cell: its id is tag and config hash, its group is the tag.
+
+    A shard is a run of its own, in the group `<tag>-shards`, so that no comparison of a group takes it for a
+    cell; runner=merge tells of the whole.
+    """
 
     def __init__(self, settings: TrackerConfig, cell: Cell, directory: Path) -> None:
-        self._settings, self._cell, self._directory = settings, cell, directory
-        self._id = run_id(cell)
+        self._settings, self._directory = settings, directory
+        self._id, self._name, self._group = run_id(cell), directory.name, cell.tag
+        if directory.parent.name == SHARDS:
+            self._id, self._group = f"{self._id}-{directory.name}", f"{cell.tag}-{SHARDS}"
+            self._name = f"{directory.parent.parent.name}-{directory.name}"
         self._count = 0
 
     @property
@@ -81,8 +88,8 @@ class WandbTracker:
             project=self._settings.project,
             entity=self._settings.entity,
             id=self._id,
-            name=self._directory.name,
-            group=self._cell.tag,
+            name=self._name,
+            group=self._group,
             config=dict(config),
             dir=str(self._directory),
             mode=self.mode,  # type: ignore[arg-type]  # the environment may say anything; the client checks

@@ -110,6 +110,32 @@ def test_shards_give_the_record_of_the_whole_cell(unbroken: RunConfig, tmp_path:
         assert merged.read_bytes() == whole.read_bytes()
 
 
+class Told:
+    """A tracker that remembers."""
+
+    def __init__(self) -> None:
+        self.started: list[object] = []
+        self.finished: list[object] = []
+
+    def start(self, config: object, finished: list[Line]) -> None:
+        self.started += [config, len(finished)]
+
+    def finish(self, result: object, lines: list[Line]) -> None:
+        self.finished += [result, len(lines)]
+
+
+def test_the_tracker_is_told_of_the_whole(
+    unbroken: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Told()
+    monkeypatch.setattr(merge, "make_tracker", lambda *_: told)
+    run = dealt_out(unbroken, tmp_path, 2)
+    assert merge.run(run).status == "completed"
+    result = result_of(run)
+    assert told.started == [result["config"], 10]
+    assert told.finished == [result, 10]
+
+
 def test_real_shards_are_merged_and_then_the_cell_is_done(
     unbroken: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

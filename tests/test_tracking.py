@@ -49,6 +49,17 @@ def tracked(directory: Path, before: int, after: int, result: dict[str, Any] | N
     tracker.finish(result, [line(i) for i in range(after)])
 
 
+def test_a_shard_is_a_run_apart(tmp_path: Path) -> None:
+    """Shards of a cell share its hash, and none of them is to be taken for the cell."""
+    places = [tmp_path / "snapkv-f0.25", *(tmp_path / "snapkv-f0.25" / "shards" / f"{i}of2" for i in (0, 1))]
+    for place in places:
+        tracked(place, 0, 1, None)
+    runs = [the_run(logged(place)) for place in places]
+    assert len({run.run_id for run in runs}) == 3
+    assert [run.run_group for run in runs] == ["my_tag", "my_tag-shards", "my_tag-shards"]
+    assert [run.display_name for run in runs] == ["snapkv-f0.25", "snapkv-f0.25-0of2", "snapkv-f0.25-1of2"]
+
+
 def test_resumed_offline_leaves_one_whole_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tracked(tmp_path, 0, 2, None)
     (first,) = tmp_path.glob("wandb/offline-run-*")
