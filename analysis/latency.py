@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 FLOOR, FASTEST = "floor of the budget", "transformers, fastest measured"
 _NAN = float("nan")
+_LEAST, _NARROW = 1.5, 2.2
+"""Inches of the narrowest panel, and below which its title is small."""
 _GIB, _MIB = 2**30, 2**20
 
 
@@ -70,18 +72,20 @@ def draw(sweep: Sweep) -> Figure:
 def _draw(sweep: Sweep, width: float, foot: Sequence[str]) -> Figure:
     if not any(line.numbers(place) for line in sweep.lines for place in line.points):
         raise ValueError("no point of any cell has numbers: there is nothing to draw")
-    budgets, batches = sweep.budgets, sweep.batches
+    panels, columns = _layout(sweep, width)
+    rows = -(-len(panels) // columns)
     across = max(1, int(width / 1.75))
-    bottom = 0.68 + 0.19 * -(-(len(sweep.lines) + 2) // across) + drawing.foot_inches(foot)
-    height = 2.9 * len(batches) + bottom + 0.3
+    names = len({line.label for line in sweep.lines}) + 2
+    bottom = 0.85 + 0.19 * -(-names // across) + drawing.foot_inches(foot)
+    height = min(2.9, 1.1 * width) * rows + bottom + 0.3
     figure = drawing.sheet(width, height)
-    axes = figure.subplots(len(batches), len(budgets), squeeze=False, sharex=True, sharey=True)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     figure.subplots_adjust(
         left=LEFT / width, right=1 - 0.15 / width, top=1 - 0.3 / height, bottom=bottom / height, wspace=0.06
     )
-    for row, batch in zip(axes, batches, strict=True):
-        for axis, budget in zip(row, budgets, strict=True):
-            _panel(axis, sweep, budget, batch)
+    for axis, (budget, batch) in zip(axes.flat, panels, strict=True):
+        _panel(axis, sweep, budget, batch, width / columns < _NARROW)
+    for row in axes:
         row[0].set_ylabel("ms a decode step")
     for axis in axes[-1]:
         axis.set_xlabel("context, tokens")
@@ -102,7 +106,18 @@ def _draw(sweep: Sweep, width: float, foot: Sequence[str]) -> Figure:
     return figure
 
 
-def _panel(axis: Axes, sweep: Sweep, budget: str, batch: int) -> None:
+def _layout(sweep: Sweep, width: float) -> tuple[list[tuple[str, int]], int]:
+    """(budget, batch) of the panels row by row, and how many stand in one: budgets if there is room for
+    them, else batches, else one.
+    """
+    budgets, batches = sweep.budgets, sweep.batches
+    if width / len(budgets) >= _LEAST:
+        return [(budget, batch) for batch in batches for budget in budgets], len(budgets)
+    columns = len(batches) if width / len(batches) >= _LEAST else 1
+    return [(budget, batch) for budget in budgets for batch in batches], columns
+
+
+def _panel(axis: Axes, sweep: Sweep, budget: str, batch: int, is_narrow: bool) -> None:
     places = [(context, batch) for context in sweep.contexts]
     looks = styles({line.label: line.method for line in sorted(sweep.lines, key=lambda line: line.label)})
     _scales(axis, sweep.contexts)
@@ -113,7 +128,7 @@ def _panel(axis: Axes, sweep: Sweep, budget: str, batch: int) -> None:
     floor = [sweep.floor_ms(budget, place) for place in places]
     axis.plot(sweep.contexts, floor, label=FLOOR, color="0.45", linewidth=1.2)
     title = "everything kept" if budget == "full" else f"{_kept(sweep, budget)} kept"
-    axis.set_title(f"{title}, batch {batch}", fontsize=9, loc="left")
+    axis.set_title(f"{title}, batch {batch}", fontsize=7.5 if is_narrow else 9, loc="left")
 
 
 def _scales(axis: Axes, contexts: Sequence[int]) -> None:

@@ -54,15 +54,15 @@ def score(cells: Sequence[Cell], task: str) -> Score:
 def total(cells: Sequence[Cell]) -> Score:
     """The benchmark's score of all tasks together: the mean over the seeds.
 
-    The interval is that of the record, where one of its averages is that very score; else, where the score is
-    the plain mean of the tasks, it comes from theirs (hcache.metrics.mean_interval). Otherwise there is none.
+    Where it is the plain mean of the tasks, its interval comes from theirs (hcache.metrics.mean_interval);
+    else it is the record's, if one of its averages is that very score. Otherwise there is none.
     """
     own = [cell for cell in cells if cell.completed and cell.result["score"] is not None]
     if not own:
         return Score()
     mean = fmean(cell.result["score"] for cell in own)
     found = [score(own, task) for task in dict.fromkeys(t for cell in own for t in cell.result["tasks"])]
-    low, high = _recorded(own) or _from_tasks(mean, found) or (NAN, NAN)
+    low, high = _from_tasks(mean, found) or _recorded(own) or (NAN, NAN)
     return Score(mean, low, high, sum(task.n for task in found))
 
 

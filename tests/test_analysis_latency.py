@@ -264,6 +264,24 @@ def test_figure_has_a_panel_for_each_batch_and_budget_with_gaps(sweep_root: Path
     assert "omnikv 0.5 at 128K x 4: out of memory" in below
 
 
+@pytest.mark.parametrize("width", [3.3, 6.9, 8.0])
+def test_no_text_covers_another_at_any_width(tmp_path: Path, width: float) -> None:
+    """As the published sweep has them: three budgets, two batches."""
+    backend = pytest.importorskip("matplotlib.backends.backend_agg")
+    for budget in ("f0.1", "f0.25", "f0.5"):
+        write(tmp_path, "snapkv", budget)
+    figure = latency.picture(read([tmp_path])).draw(width, [])
+    drawn = backend.FigureCanvasAgg(figure).get_renderer()
+    texts = [axis._left_title for axis in figure.axes] + [axis.yaxis.label for axis in figure.axes]
+    texts += [axis.xaxis.label for axis in figure.axes[-2:]]
+    boxes = [text.get_window_extent(drawn) for text in texts if text.get_text()]
+    assert len(boxes) > 8
+    assert not [1 for i, one in enumerate(boxes) for other in boxes[:i] if one.overlaps(other)]
+    legend = figure.legends[0].get_window_extent(drawn)
+    lowest = min(axis.get_tightbbox(drawn).y0 for axis in figure.axes)
+    assert 0 <= lowest - legend.y1 < 0.5 * figure.dpi, "the legend is below the panels, and near"
+
+
 def test_command_writes_both_files(
     sweep_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,6 +50,8 @@ def test_all_tasks_together_take_the_interval_of_the_record_and_none_where_it_is
     cell.result["aggregates"]["official"] = {"score": 61.0, "ci95": [40.0, 70.0]}
     found = total([cell])
     assert (found.mean, found.low, found.high) == (61, 40, 70)
+    cell.result["score"] = 50.0
+    assert total([cell]).low > 10, "a plain mean has that of its tasks, which is never without width"
 
 
 def test_cells_without_numbers_are_in_their_budget_and_in_no_mean(tmp_path: Path) -> None:
