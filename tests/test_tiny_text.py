@@ -311,7 +311,7 @@ def test_the_shipped_model_recalls(kind: str, threads) -> None:
 
 @shipped
 def test_generate_of_the_shipped_model_feeds_each_token_once(threads) -> None:
-    """Its generation_config once said use_cache: false, with which generate feeds the whole text each step."""
+    """With use_cache: false in its generation_config, generate would feed the whole text at every step."""
     model = AutoModelForCausalLM.from_pretrained(directory(), dtype=torch.float32).eval()
     ids = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(3))
     cache = KVCache(model, "fullkv")

@@ -17,7 +17,6 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
-from traitlets.config import Config
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -55,7 +54,6 @@ def executed(notebook: NotebookNode, start: Path) -> NotebookNode:
         kernel_name="python3",
         coalesce_streams=True,
         resources={"metadata": {"path": str(start)}},
-        config=Config({"KernelManager": {"transport": "ipc"}}),
     )
     client.execute(env={**os.environ, **_ENVIRONMENT})
     return normal(found)

@@ -47,7 +47,8 @@ def make(method: str | Method, **hyper: Any) -> Method:
 def _grouped(option: Field[Any], value: Any) -> Any:
     """The value; of a mapping for an option that is a dataclass, that dataclass. Raises ValueError."""
     kind: Any = option.default_factory
-    if not isinstance(value, Mapping) or not is_dataclass(kind):
+    groups = is_dataclass(kind)
+    if not isinstance(value, Mapping) or not groups:
         return value
     known = [field.name for field in fields(kind)]
     for key in value:
