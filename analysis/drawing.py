@@ -68,7 +68,7 @@ class Picture:
 
     def _repr_png_(self) -> bytes:
         """Asked for by IPython."""
-        return rendered(self.page, ".png", _SCREEN_DPI)
+        return _in_few_colours(rendered(self.page, ".png", _SCREEN_DPI))
 
 
 def save(picture: Picture, out: Path, width: str = "page") -> None:
@@ -109,6 +109,15 @@ def rendered(draw: Callable[[], Figure], suffix: str, dpi: int = _DPI) -> bytes:
         matplotlib.rcParams.update(_SETTINGS)
         draw().savefig(content, format=suffix[1:], dpi=dpi, metadata=_METADATA[suffix])
     return content.getvalue()
+
+
+def _in_few_colours(png: bytes) -> bytes:
+    """The same picture with a palette, in about a third of the bytes."""
+    from PIL import Image  # matplotlib requires it
+
+    small = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(256).save(small, "png", optimize=True)
+    return small.getvalue()
 
 
 def sheet(width: float, height: float) -> Figure:
