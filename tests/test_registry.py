@@ -50,8 +50,10 @@ def test_a_group_of_options_may_be_a_mapping() -> None:
     roles: dict[str, Any] = {"fit_budget": True, "graph": "prefill"}
     made = make("heterocache", roles=roles, offload={"enabled": False})
     assert made == make("heterocache", roles=RoleSettings(**roles), offload=OffloadSettings(enabled=False))
-    with pytest.raises(ValueError, match=r"option of method.roles 'fit'; did you mean 'fit_budget'\?"):
-        make("heterocache", roles={"fit": True})
+    with pytest.raises(
+        ValueError, match=r"option of method.roles 'fit_budgets'; did you mean 'fit_budget'\?"
+    ):
+        make("heterocache", roles={"fit_budgets": True})
 
 
 def test_a_mapping_for_an_option_that_is_no_group_stays_one() -> None:
