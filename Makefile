@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The release that tests were last run with; `make TORCH=torch test` takes the newest.
 TORCH ?= torch==2.13.0
 
-.PHONY: help run methods test check format clean
+.PHONY: help run methods notebooks test check format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -25,6 +25,9 @@ methods: $(VENV)/.installed ## every method at four budgets: docs/methods.png, d
 	$(BIN)/python run.py -m experiment=methods
 	$(BIN)/python -m analysis.figure pareto outputs/methods --out docs/methods.png
 	$(BIN)/python -m analysis.table outputs/methods --out docs/results.md
+
+notebooks: $(VENV)/.installed ## execute analysis/notebooks and keep what they show (CPU, no network, minutes)
+	$(BIN)/python -m analysis.notebooks.execute
 
 test: $(VENV)/.installed ## the whole test suite (CPU, no network), a process a core
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal

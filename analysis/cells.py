@@ -103,15 +103,17 @@ class Unread:
     reason: str
 
 
-def read(directories: Iterable[Path]) -> list[Cell]:
+def read(directories: Iterable[Path | str] | Path | str) -> list[Cell]:
     """All recorded cells below the directories, each once, in the order of their paths. Files that are torn
     or of another program are named on stderr and left out.
+
+    directories: one, or several.
 
     Raises:
         ValueError: a directory without a record that can be read.
     """
     found: dict[Path, Cell] = {}
-    for directory in directories:
+    for directory in map(Path, [directories] if isinstance(directories, Path | str) else directories):
         own = [(path, _record(path)) for path in sorted(directory.rglob(RESULT_FILE))]
         known = {path.resolve(): Cell(path.parent, record) for path, record in own if record is not None}
         if not known:

@@ -28,6 +28,7 @@ LEFT = 0.6
 """Inches before the panels, where the text at the foot begins as well."""
 
 _DPI = 150
+_SCREEN_DPI = 100  # in notebooks, which are kept with their pictures
 _LINE = 0.155  # inches of a line of small text
 _CHARACTERS = 17.5  # of small text in an inch of the figure's width
 _SETTINGS: dict[Any, Any] = {
@@ -49,7 +50,7 @@ _METADATA: dict[str, dict[str, None]] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure that can be drawn at any width.
+    """A figure that can be drawn at any width; a notebook shows it as the value of a cell.
 
     Args:
         draw: makes it, given its width in inches and the lines at its foot.
@@ -60,6 +61,14 @@ class Picture:
     draw: Callable[[float, Sequence[str]], Figure]
     data: pd.DataFrame
     said: Sequence[str]
+
+    def page(self) -> Figure:
+        """As wide as a page, with what must be said at its foot."""
+        return self.draw(WIDTH, wrapped(self.said))
+
+    def _repr_png_(self) -> bytes:
+        """Asked for by IPython."""
+        return _in_few_colours(rendered(self.page, ".png", _SCREEN_DPI))
 
 
 def save(picture: Picture, out: Path, width: str = "page") -> None:
@@ -90,7 +99,7 @@ def write(draw: Callable[[], Figure], out: Path) -> None:
     out.write_bytes(content)
 
 
-def rendered(draw: Callable[[], Figure], suffix: str) -> bytes:
+def rendered(draw: Callable[[], Figure], suffix: str, dpi: int = _DPI) -> bytes:
     """What `write` writes."""
     import matplotlib
 
@@ -98,8 +107,17 @@ def rendered(draw: Callable[[], Figure], suffix: str) -> bytes:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_SETTINGS)
-        draw().savefig(content, format=suffix[1:], metadata=_METADATA[suffix])
+        draw().savefig(content, format=suffix[1:], dpi=dpi, metadata=_METADATA[suffix])
     return content.getvalue()
+
+
+def _in_few_colours(png: bytes) -> bytes:
+    """The same picture with a palette, in about a third of the bytes."""
+    from PIL import Image  # matplotlib requires it
+
+    small = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(256).save(small, "png", optimize=True)
+    return small.getvalue()
 
 
 def sheet(width: float, height: float) -> Figure:

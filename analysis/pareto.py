@@ -20,7 +20,7 @@ import pandas as pd
 
 from analysis import drawing
 from analysis.cells import Cell, by_label, commits, devices, listed, side_by_side, sizes, tasks
-from analysis.drawing import WIDTH, Picture
+from analysis.drawing import Picture
 from analysis.seeds import by_budget, score, seeds, total
 from analysis.styles import Style, styles
 
@@ -123,8 +123,7 @@ def budgets(cells: Sequence[Cell], chosen: Sequence[str] = ()) -> Picture:
 
 def pareto(cells: Sequence[Cell], chosen: Sequence[str] = (), x: str = "resident") -> Figure:
     """The figure itself, as wide as a page. Needs matplotlib; else as `picture`."""
-    drawn = picture(cells, chosen, x)
-    return drawn.draw(WIDTH, drawing.wrapped(drawn.said))
+    return picture(cells, chosen, x).page()
 
 
 def front(points: Sequence[Point]) -> list[Point]:

@@ -57,8 +57,7 @@ def _shown(
         return Shown(caption, words, missing="figures need matplotlib: pip install 'hcache[analysis]'")
     try:
         found = picture()
-        foot = drawing.wrapped(found.said)
-        svg = drawing.rendered(lambda: found.draw(drawing.WIDTH, foot), ".svg")
+        svg = drawing.rendered(found.page, ".svg")
     except ValueError as error:
         return Shown(caption, words, missing=str(error))
     return Shown(caption, words, svg, has_scale=has_scale)

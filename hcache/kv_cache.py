@@ -307,6 +307,11 @@ class _Switch:
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() != 2:
             raise ValueError(f"KVCache takes a 2-D attention_mask [B, T], got {mask.dim()} dimensions")
+        if kwargs.get("use_cache") is False:
+            raise ValueError(
+                "use_cache=False beside a KVCache: generate would feed the whole text again at every step; "
+                "pass use_cache=True, or set model.generation_config.use_cache"
+            )
         cache.begin(shape[0], shape[1], mask)
         self._turn_on()
         self.active = True

@@ -34,6 +34,25 @@ def test_settings_of_the_user_neither_show_nor_change(tmp_path: Path, suffix: st
     assert among_others.read_bytes() == plain.read_bytes()
 
 
+def test_a_notebook_shows_a_picture_with_what_must_be_said() -> None:
+    """As wide as a page at 100 dots an inch, whatever the notebook's own settings are."""
+    import pandas as pd
+    from IPython.core.formatters import DisplayFormatter
+
+    asked: list[tuple[float, list[str]]] = []
+
+    def draw(width: float, foot: Any) -> Any:
+        asked.append((width, list(foot)))
+        return drawn()
+
+    picture = drawing.Picture(draw, pd.DataFrame(), ["", "what must be said"])
+    with matplotlib.rc_context({"savefig.dpi": 20}):
+        shown, _ = DisplayFormatter().format(picture)
+    assert asked == [(drawing.WIDTH, ["what must be said"])]
+    width, height = (int.from_bytes(shown["image/png"][place : place + 4], "big") for place in (16, 20))
+    assert (width, height) == (800, 200)
+
+
 def test_the_foot_fits_the_sheet_and_takes_the_room_it_says() -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -114,6 +114,16 @@ def test_nothing_that_can_be_read_is_an_error(tmp_path: Path) -> None:
         read([tmp_path])
 
 
+def test_one_directory_or_several_as_paths_or_text(tmp_path: Path) -> None:
+    leave(tmp_path / "a", "snapkv", 0.25)
+    leave(tmp_path / "b", "h2o", 0.25)
+    one, both = read(tmp_path / "a"), read([tmp_path / "a", tmp_path / "b"])
+    assert [cell.method for cell in one] == ["snapkv"]
+    assert [cell.method for cell in both] == ["snapkv", "h2o"]
+    assert read(str(tmp_path / "a")) == one
+    assert read([str(tmp_path / "a"), tmp_path / "b"]) == both
+
+
 def test_labels_tell_settings_apart_and_families_seeds(tmp_path: Path) -> None:
     for window, seed in ((8, 0), (8, 1), (16, 0)):
         leave(tmp_path, "snapkv", 0.25, options={"window": window}, seed=seed)

@@ -98,6 +98,7 @@ def test_a_second_prompt_after_reset_is_a_fresh_cache() -> None:
     [
         ({"num_beams": 2}, "beam search"),
         ({"prefill_chunk_size": 8}, "chunked prefill"),
+        ({"use_cache": False}, "use_cache=True"),
     ],
 )
 def test_what_generate_can_not_have_is_refused(options: dict, message: str) -> None:

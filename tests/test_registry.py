@@ -1,12 +1,16 @@
-"""Methods of other packages: entry points are loaded, and a broken one takes no other with it."""
+"""Methods of other packages: entry points are loaded, and a broken one takes no other with it; options that
+are groups."""
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 
-from hcache.methods import registry
+from hcache.methods import make, registry
+from hcache.methods.heterocache import OffloadSettings
+from hcache.role_weights import RoleSettings
 
 
 class Entry:
@@ -40,3 +44,18 @@ def test_a_taken_name_is_refused() -> None:
         @registry.register("snapkv")
         class Other:
             pass
+
+
+def test_a_group_of_options_may_be_a_mapping() -> None:
+    roles: dict[str, Any] = {"fit_budget": True, "graph": "prefill"}
+    made = make("heterocache", roles=roles, offload={"enabled": False})
+    assert made == make("heterocache", roles=RoleSettings(**roles), offload=OffloadSettings(enabled=False))
+    with pytest.raises(
+        ValueError, match=r"option of method.roles 'fit_budgets'; did you mean 'fit_budget'\?"
+    ):
+        make("heterocache", roles={"fit_budgets": True})
+
+
+def test_a_mapping_for_an_option_that_is_no_group_stays_one() -> None:
+    allocation = {"name": "adaptive", "floor": 0.2}
+    assert make("snapkv", allocation=allocation).allocation == allocation

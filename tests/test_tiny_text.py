@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hcache import KVCache
 from hcache.tiny import directory
 from hcache.tiny.batches import make_batch, make_items, training_row
 from hcache.tiny.model import VOCABULARY, new_model, rounded_copy, score_items
@@ -306,3 +307,13 @@ def test_the_shipped_scores_leave_the_losses_to_compression(kind: str, least: fl
 def test_the_shipped_model_recalls(kind: str, threads) -> None:
     model = AutoModelForCausalLM.from_pretrained(directory(), dtype=torch.float32).eval()
     assert score_items(model, make_items(kind, 1024, 8, "prose", seed=1))["values"] >= 0.7
+
+
+@shipped
+def test_generate_of_the_shipped_model_feeds_each_token_once(threads) -> None:
+    """With use_cache: false in its generation_config, generate would feed the whole text at every step."""
+    model = AutoModelForCausalLM.from_pretrained(directory(), dtype=torch.float32).eval()
+    ids = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(3))
+    cache = KVCache(model, "fullkv")
+    tokens = model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    assert cache.get_seq_length() == tokens.shape[1] - 1

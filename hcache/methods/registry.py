@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import Field, fields, is_dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ ENTRY_POINT_GROUP = "hcache.methods"
 def make(method: str | Method, **hyper: Any) -> Method:
     """A method from its name and hyper-parameters, or the given one.
 
+    Settings that are a group of their own may be a mapping: roles={"fit_budget": True}.
+
     Raises:
         ValueError: unknown name or hyper-parameter, or hyper-parameters for a method that is made already.
     """
@@ -34,11 +37,24 @@ def make(method: str | Method, **hyper: Any) -> Method:
             )
         return method
     cls = METHODS.get(method)
-    options = [field.name for field in fields(cls)]
+    options = {field.name: field for field in fields(cls)}
     for key in hyper:
         if key not in options:
             raise ValueError(unknown_name(f"option of method {method}", key, options))
-    return cls(**hyper)
+    return cls(**{key: _grouped(options[key], value) for key, value in hyper.items()})
+
+
+def _grouped(option: Field[Any], value: Any) -> Any:
+    """The value; of a mapping for an option that is a dataclass, that dataclass. Raises ValueError."""
+    kind: Any = option.default_factory
+    groups = is_dataclass(kind)
+    if not isinstance(value, Mapping) or not groups:
+        return value
+    known = [field.name for field in fields(kind)]
+    for key in value:
+        if key not in known:
+            raise ValueError(unknown_name(f"option of method.{option.name}", str(key), known))
+    return kind(**value)
 
 
 def load_entry_points() -> None:
