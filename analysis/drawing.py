@@ -48,7 +48,7 @@ _METADATA: dict[str, dict[str, None]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Picture:
     """A figure that can be drawn at any width; a notebook shows it as the value of a cell.
 
@@ -65,6 +65,11 @@ class Picture:
     def page(self) -> Figure:
         """As wide as a page, with what must be said at its foot."""
         return self.draw(WIDTH, wrapped(self.said))
+
+    def __repr__(self) -> str:
+        """For those who can't see it: what must be said, and what its numbers are."""
+        columns = ", ".join(map(str, self.data.columns))
+        return f"Picture of {len(self.data)} rows of {columns}. {' '.join(filter(None, self.said))}"
 
     def _repr_png_(self) -> bytes:
         """Asked for by IPython."""

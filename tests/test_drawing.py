@@ -45,12 +45,13 @@ def test_a_notebook_shows_a_picture_with_what_must_be_said() -> None:
         asked.append((width, list(foot)))
         return drawn()
 
-    picture = drawing.Picture(draw, pd.DataFrame(), ["", "what must be said"])
+    picture = drawing.Picture(draw, pd.DataFrame({"task": ["a", "b"], "score": 0}), ["", "what must be said"])
     with matplotlib.rc_context({"savefig.dpi": 20}):
         shown, _ = DisplayFormatter().format(picture)
     assert asked == [(drawing.WIDTH, ["what must be said"])]
     width, height = (int.from_bytes(shown["image/png"][place : place + 4], "big") for place in (16, 20))
     assert (width, height) == (800, 200)
+    assert shown["text/plain"] == "Picture of 2 rows of task, score. what must be said"
 
 
 def test_the_foot_fits_the_sheet_and_takes_the_room_it_says() -> None:
