@@ -70,7 +70,7 @@ class Cell:
     @property
     def options(self) -> dict[str, str]:
         """Options of the method by dotted path, and the budget's unit, by which lines of a plot differ."""
-        found = dict(_leaves(identity(self.result["config"])["method"]))
+        found = dict(leaves(identity(self.result["config"])["method"]))
         found.pop("name", None)
         return {**found, "budget": "tokens" if self.in_tokens else "fraction"}
 
@@ -353,13 +353,13 @@ def _examples(cell: Cell) -> int:
 
 
 def _shared(config: Mapping[str, Any]) -> dict[str, str]:
-    return dict(_leaves({**identity(config), "method": {}, "budget": None}))
+    return dict(leaves({**identity(config), "method": {}, "budget": None}))
 
 
-def _leaves(part: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def leaves(part: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """Every option below `part` with its dotted path, as text."""
     if isinstance(part, dict):
         for key, value in part.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
     else:
         yield path, str(part)

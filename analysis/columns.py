@@ -1,4 +1,5 @@
 """The columns of a table of cells: every field holds the record's own number beside the text that shows it.
+Computed here are ratios of times, and the interval of all tasks (analysis.seeds).
 
 The one place that decides how a number is written, so that every format says the same. Knows no format.
 """

@@ -4,8 +4,9 @@
 model, benchmark and settings, at the same budget or without one, the difference of the mean scores with its
 bootstrap interval, on how many examples the method wins, ties and loses, a sign-flip p-value, and the same
 corrected for the number of rows (analysis.statistics). Where there are several tasks, a table of all their
-examples together comes first, with a correction of its own: read that one for a verdict on a method, the
-other for where it comes from. Cells that are not complete are named and left out.
+examples together comes first, with a correction of its own: fewer comparisons of more examples. Every example
+counts alike there, so with tasks of unequal size it is no difference of the benchmark's averages. Cells that
+are not complete are named and left out.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from analysis.statistics import comparisons, pooled
 
 
 def compared(examples: pd.DataFrame, method: str) -> list[pd.DataFrame]:
-    """`comparisons` of all tasks together, if there are several, and of each task. Errors as there."""
+    """`comparisons` of all examples, if there are several tasks, and of each task. Errors as there."""
     by_task = comparisons(examples, method)
     return [by_task] if by_task["task"].nunique() < 2 else [comparisons(pooled(examples), method), by_task]
 

@@ -54,7 +54,8 @@ class Gaps:
 
     Args:
         by_task: one for each other method, budget and task.
-        together: the same over the examples of all tasks, which a headline takes. Empty for one task.
+        together: the same over all examples, each counting alike, which a headline takes. Empty for one
+            task.
     """
 
     by_task: Sequence[Gap] = ()

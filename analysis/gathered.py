@@ -5,7 +5,7 @@ Reads outputs/ through analysis.cells; knows no format.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from analysis.disagreements import Chosen, chosen
 from analysis.families import Family, families
 from analysis.findings import Finding, findings
 from analysis.gaps import Gaps, gaps
-from analysis.latency_records import Sweep, sweeps
+from analysis.latency_records import Sweep, place_shown, sweeps
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def gather(directories: Sequence[Path], against: str = BASELINE, examples: int =
     return Report(
         ", ".join(str(directory) for directory in directories),
         [_section(family, against, examples) for family in own],
-        [*_without_numbers(own), *map(_unfinished, unread)],
+        [*_without_numbers(own), *_unmeasured(latency), *map(_unfinished, unread)],
         latency,
     )
 
@@ -107,10 +107,26 @@ def _without_numbers(own: Iterable[Family]) -> list[Lost]:
     ]
 
 
+def _unmeasured(latency: Iterable[Sweep]) -> Iterator[Lost]:
+    """Cells of runner=latency without any point, and points without numbers."""
+    for sweep in latency:
+        for cell in sweep.cells:
+            if not cell.completed and not cell.result["latency"]["points"]:
+                yield _named(f"{cell.method}, {cell.kept} kept: {sweep.name}", cell)
+        for line in sweep.lines:
+            for place, point in sorted(line.points.items()):
+                if point["status"] != "completed":
+                    name = f"{line.label}, {line.kept} kept, {place_shown(place)}: {sweep.name}"
+                    yield Lost(name, point["status"].replace("_", " "), str(point.get("message", "")))
+
+
 def _lost(family: Family, label: str, cell: Cell) -> Lost:
+    return _named(f"{label}, {cell.kept} kept{family.seed(cell)}: {family.name}", cell)
+
+
+def _named(name: str, cell: Cell) -> Lost:
     error = cell.result.get("error") or {}
     reason = str(error.get("message", "the record gives no reason"))
-    name = f"{label}, {cell.kept} kept{family.seed(cell)}: {family.name}"
     return Lost(name, cell.status, reason, str(error.get("traceback", "")))
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 from analysis import command, drawing
 from analysis.cells import Cell, commits, devices, listed, short_tokens
 from analysis.drawing import LEFT, Picture
-from analysis.latency_records import TRANSFORMERS, Line, Place, Point, Sweep, collect, median
+from analysis.latency_records import TRANSFORMERS, Line, Place, Point, Sweep, collect, median, place_shown
 from analysis.markdown import bullets, document, section, table
 from analysis.styles import Style, styles
 
@@ -198,13 +198,8 @@ def _gaps(line: Line) -> Iterator[str]:
         if point["status"] != "completed":
             by_reason.setdefault(_reason(point), []).append(place)
     for reason, places in by_reason.items():
-        where = "" if len(places) == len(line.points) else f" at {', '.join(map(_place, places))}"
+        where = "" if len(places) == len(line.points) else f" at {', '.join(map(place_shown, places))}"
         yield f"{line.label} {line.kept}{where}: {reason}"
-
-
-def _place(place: Place) -> str:
-    context, batch = place
-    return f"{short_tokens(context)} x {batch}"
 
 
 def _reason(point: Point) -> str:
@@ -360,13 +355,13 @@ def _notes_of_cell(cell: Cell) -> Iterator[str]:
 
 def _notes_of_point(line: Line, place: Place, point: Point) -> Iterator[str]:
     if point["status"] in ("failed", "out_of_memory"):
-        yield f"{line.label} at {line.kept}, {_place(place)}: {point['message']}"
+        yield f"{line.label} at {line.kept}, {place_shown(place)}: {point['message']}"
     reason = point.get("engine", {}).get("reason")
     if reason:
         yield f"eager steps: {reason}"
     for name, baseline in point.get("baselines", {}).items():
         if baseline["status"] != "completed":
-            where = "" if baseline["status"] == "not_available" else f" at {_place(place)}"
+            where = "" if baseline["status"] == "not_available" else f" at {place_shown(place)}"
             yield f"{name}{where}: {baseline['message']}"
 
 

@@ -17,10 +17,13 @@ POINTS = (
     *("tokens/s", "prefill ms", "peak GiB", "host GiB", "MiB moved/step"),
 )
 """Headings of `every_point`; transformers: the fastest of its own decoders that ran at this point."""
-LEGEND = (
-    "A step is that of the whole batch: median [p10, p90]. Its floor: weights without the embedding and the "
-    "KV bytes that the budget allows, at the read bandwidth measured in the same run."
+FLOOR = (
+    "the floor: weights without the embedding and the KV bytes that the budget allows, at the read bandwidth "
+    "measured in the same run."
 )
+OF_POINTS = f"A step is that of the whole batch: median [p10, p90]; {FLOOR}"
+OF_CONTEXTS = f"A step is that of the whole batch: median, and in brackets how many times its floor; {FLOOR}"
+"""What is said beside `every_point` and `by_context`."""
 _GIB, _MIB = 2**30, 2**20
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from analysis.cells import Cell, by_label, devices
+from analysis.cells import Cell, by_label, devices, leaves, short_tokens
 from hcache.records import identity
 
 TRANSFORMERS = ("sdpa", "flash_attention_2", "static_compile")
@@ -53,16 +53,21 @@ class Line:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Everything that is shown: lines, the cells they come from, and the places that were asked for."""
+    """Everything that is shown: lines, the cells they come from, and the places that were asked for.
+
+    apart: settings that tell it from other sweeps of its model and device; in words.
+    """
 
     lines: Sequence[Line]
     cells: Sequence[Cell]
+    apart: str = ""
 
     @property
     def name(self) -> str:
         """The model and where it ran, in words."""
         ran = [cell for cell in self.cells if cell.result["provenance"]["device"]]
-        return ", ".join([str(self.cells[0].result["cell"]["model"]), *devices(ran)])
+        named = [str(self.cells[0].result["cell"]["model"]), *devices(ran), self.apart]
+        return ", ".join(filter(None, named))
 
     @property
     def contexts(self) -> list[int]:
@@ -120,7 +125,16 @@ def sweeps(cells: Sequence[Cell]) -> list[Sweep]:
         alike = [key for key in groups if key[0] == shared]
         key = alike[0] if device is None and alike else (shared, device)  # it never ran: no other place
         groups.setdefault(key, []).append(cell)
-    return sorted(map(collect, groups.values()), key=lambda sweep: sweep.name)
+    found = list(map(collect, groups.values()))
+    named = [replace(sweep, apart=_apart(sweep, found)) for sweep in found]
+    return sorted(named, key=lambda sweep: sweep.name)
+
+
+def _apart(sweep: Sweep, others: Sequence[Sweep]) -> str:
+    """The settings in which sweeps of this name differ; empty for the only one."""
+    alike = [dict(leaves(_shared(other.cells[0]))) for other in others if other.name == sweep.name]
+    own = dict(leaves(_shared(sweep.cells[0])))
+    return ", ".join(f"{path}={own[path]}" for path in own if len({other.get(path) for other in alike}) > 1)
 
 
 def collect(cells: Sequence[Cell]) -> Sweep:
@@ -177,6 +191,12 @@ def _shared(cell: Cell) -> dict[str, Any]:
     whole = identity(cell.result["config"])
     settings = {key: value for key, value in whole["benchmark"].items() if key not in _PARTS}
     return {"model": whole["model"], "latency": settings, "runtime": whole["runtime"]}
+
+
+def place_shown(place: Place) -> str:
+    """`128K x 4`: context x batch."""
+    context, batch = place
+    return f"{short_tokens(context)} x {batch}"
 
 
 def median(values: Sequence[float]) -> float:

@@ -2,7 +2,8 @@
 
 `python -m analysis.report outputs/<tag> [more]` writes report.html into the first directory: one file that
 needs no network. `--markdown FILE` and `--latex FILE` write the same tables as Markdown and LaTeX (booktabs).
-All numbers are those of the records. A sweep may be half finished: what has no numbers is named, and why.
+Scores, bytes and times are those of the records. A sweep may be half finished: what has no numbers is named,
+and why.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from analysis.families import Family, Row, seeds
 from analysis.findings import Finding
 from analysis.gaps import Gap, p_shown
 from analysis.gathered import Lost, Report, Section
-from analysis.latency_columns import LEGEND, POINTS, every_point
+from analysis.latency_columns import OF_POINTS, POINTS, every_point
 from analysis.latency_records import Sweep
 from analysis.page import Entry, Html, bullets, element, folded
 from analysis.report_tables import BEST, GAPS
@@ -127,7 +127,7 @@ def _gaps(part: Section) -> Iterator[Html]:
         "there is none; an interval without width means that all examples differ alike, not that they always "
         "would.",
     )
-    for name, rows in (("all tasks together", part.gaps.together), ("by task", part.gaps.by_task)):
+    for name, rows in (("all examples alike", part.gaps.together), ("by task", part.gaps.by_task)):
         if rows:
             yield page.table(f"Against {against}, {name}: {part.family.name}", GAPS, map(_gap, rows))
 
@@ -193,7 +193,7 @@ def _latency(report: Report) -> Iterator[Html]:
 def _sweep(sweep: Sweep) -> Iterator[Html]:
     yield element("h3", sweep.name)
     yield _picture(pictures.of_latency(sweep))
-    yield element("p", LEGEND)
+    yield element("p", OF_POINTS)
     rows = [[_entry(field) for field in row] for row in every_point(sweep)]
     yield page.table(f"Every point of runner=latency: {sweep.name}", POINTS, rows)
 

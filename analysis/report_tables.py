@@ -11,7 +11,7 @@ from analysis.columns import Column, Field
 from analysis.families import Family, Row
 from analysis.gaps import p_shown
 from analysis.gathered import Report, Section
-from analysis.latency_columns import LEGEND, by_context
+from analysis.latency_columns import OF_CONTEXTS, by_context
 from analysis.table import legend, notes
 
 BEST = "Bold: the highest score at that budget, which no test stands behind."
@@ -73,7 +73,7 @@ def _gaps(section: Section) -> str:
 
 def _latency(report: Report) -> Iterator[str]:
     for title, header, rows in _steps(report):
-        yield f"## {title}\n\n{markdown.table(header, rows)}"
+        yield f"## {title}\n\n{OF_CONTEXTS}\n\n{markdown.table(header, rows)}"
 
 
 def _steps(report: Report) -> Iterator[tuple[str, list[str], list[list[str]]]]:
@@ -104,7 +104,7 @@ def as_latex(report: Report, intervals: bool = True) -> str:
 def _latency_tables(report: Report) -> Iterator[str]:
     for title, header, rows in _steps(report):
         groups = [[list(map(latex.escaped, row)) for row in own] for _, own in groupby(rows, itemgetter(0))]
-        caption = latex.escaped(f"{title}. {LEGEND}")
+        caption = latex.escaped(f"{title}. {OF_CONTEXTS}")
         yield latex.table(list(map(latex.escaped, header)), groups, 2, caption, title)
 
 

@@ -19,6 +19,8 @@ from hcache.metrics import mean_interval, wilson
 NAN = float("nan")
 TOGETHER = "all tasks"
 """How all of them together are called."""
+OFFICIAL = "official"
+"""A record's average that weighs tasks as the benchmark's authors do."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,25 @@ def score(cells: Sequence[Cell], task: str) -> Score:
 def total(cells: Sequence[Cell]) -> Score:
     """The benchmark's score of all tasks together: the mean over the seeds.
 
-    Where it is the plain mean of the tasks, its interval comes from theirs (hcache.metrics.mean_interval);
-    else it is the record's, if one of its averages is that very score. Otherwise there is none.
+    Where it is the plain mean of the tasks, its interval comes from theirs (hcache.metrics.mean_interval). An
+    average of the benchmark's own (OFFICIAL, or another that is that very score) has that of its record, and
+    none of several runs.
     """
     own = [cell for cell in cells if cell.completed and cell.result["score"] is not None]
     if not own:
         return Score()
     mean = fmean(cell.result["score"] for cell in own)
     found = [score(own, task) for task in dict.fromkeys(t for cell in own for t in cell.result["tasks"])]
-    low, high = _from_tasks(mean, found) or _recorded(own) or (NAN, NAN)
+    averages = own[0].result.get("aggregates") or {}
+    if OFFICIAL in averages:
+        low, high = averages[OFFICIAL]["ci95"] if len(own) == 1 else (NAN, NAN)
+    else:
+        low, high = _from_tasks(mean, found) or _recorded(own) or (NAN, NAN)
     return Score(mean, low, high, sum(task.n for task in found))
 
 
 def _recorded(cells: Sequence[Cell]) -> tuple[float, float] | None:
-    """Of one run whose averages hold its score."""
+    """Of one run, one of whose averages is its score."""
     if len(cells) > 1:
         return None
     result = cells[0].result
@@ -86,11 +93,12 @@ def _joined(cells: Sequence[Cell], task: str) -> Score:
     runs: dict[tuple[object, str], list[float]] = {}
     for cell in cells:
         seed = cell.result["config"]["benchmark"].get("seed")
-        for line in cell.lines():
+        for line in cell.lines() if cell.has_lines else ():
             if line["task"] == task and line["score"] is not None:
                 runs.setdefault((seed, str(line["id"])), []).append(line["score"])
-    if not runs:  # a metric of whole tasks
-        return Score(fmean(cell.result["tasks"][task]["score"] for cell in cells))
+    if not runs:  # a metric of whole tasks, or none
+        whole = [cell.result["tasks"][task]["score"] for cell in cells]
+        return Score() if None in whole else Score(fmean(whole))
     mean = fmean(fmean(scores) for scores in runs.values())
     low, high = wilson(mean, len(runs))
     return Score(100 * mean, 100 * low, 100 * high, len(runs))

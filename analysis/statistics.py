@@ -15,8 +15,10 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.seeds import TOGETHER
 from hcache.metrics import paired_bootstrap
+
+POOLED = "all examples"
+"""The examples of all tasks as those of one, each counting alike: not the benchmark's average of tasks."""
 
 Unit = tuple[Hashable, str]
 """Seed of the benchmark and id: what makes an example."""
@@ -115,10 +117,8 @@ def comparisons(examples: pd.DataFrame, method: str, seed: int = 0) -> pd.DataFr
 
 
 def pooled(examples: pd.DataFrame) -> pd.DataFrame:
-    """The examples of all tasks as those of one, TOGETHER: few comparisons of many examples show what many
-    of few can't. Every example counts alike, whatever its task.
-    """
-    return examples.assign(task=TOGETHER, id=examples["task"] + "/" + examples["id"])
+    """The examples with POOLED for a task: few comparisons of many examples show what many of few can't."""
+    return examples.assign(task=POOLED, id=examples["task"] + "/" + examples["id"])
 
 
 def _family(examples: pd.DataFrame, method: str, seed: int) -> Iterator[dict[str, Any]]:

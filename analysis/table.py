@@ -1,7 +1,8 @@
 """One Markdown table of methods and budgets, read from the records, with what a reader must know below it.
 
 `python -m analysis.table outputs/<tag> --budget f0.25` prints it; `--out FILE` writes it. Every figure is one
-of the records; only ratios of two times are computed here, against fullkv of the same tag on the same device.
+of the records; computed are ratios of two times, against fullkv of the same tag on the same device, and the
+interval of all tasks, from theirs.
 A cell that can't exist is a row that says so.
 """
 

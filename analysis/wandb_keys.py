@@ -37,7 +37,9 @@ BENCHMARK = Key("benchmark.name", CONFIG, "the benchmark")
 SEED = Key("runtime.seed", CONFIG, "the seed")
 
 STATUS = Key("status", SUMMARY, "completed; of runner=latency infeasible or failed as well")
-SCORE = Key("score", SUMMARY, "the benchmark's average of its tasks, 0 to 100", "higher")
+SCORE = Key(
+    "score", SUMMARY, "the benchmark's average of its tasks, 0 to 100 (lm_eval: as reported)", "higher"
+)
 TASK_SCORE = Key("tasks.<task>.score", SUMMARY, "mean over a task's examples, 0 to 100", "higher")
 FRACTION = Key("budget.requested_fraction", SUMMARY, "as asked for; 1 for a method without a budget")
 TOKENS = Key("budget.requested_tokens", SUMMARY, "as asked for; empty for budgets in fractions")
@@ -61,7 +63,12 @@ SCORE_IN_TASK = Key("score/<task>", HISTORY, "the same, of a task's own examples
 DECODE_OF_EXAMPLE = Key("decode_ms_per_token", HISTORY, "milliseconds a token of one example", "lower")
 
 CONTEXT = Key("latency/context", HISTORY, "runner=latency: tokens in the cache, a row for each")
-STEP_TIME = Key("latency/decode_ms", HISTORY, "runner=latency: milliseconds a step, median", "lower")
+STEP_TIME = Key(
+    "latency/decode_ms_batch_<n>",
+    HISTORY,
+    "runner=latency: ms a step of n sequences, median",
+    "lower",
+)
 
 BUDGET = (KEPT_FRACTION, KEPT_TOKENS)
 WHO = (MODEL, BENCHMARK, METHOD, *BUDGET)

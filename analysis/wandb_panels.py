@@ -63,8 +63,8 @@ def _introduction(tags: Sequence[str]) -> list[Any]:
         wr.MarkdownBlock(
             f"Compression methods for the KV cache, by budget. Compared are the runs of {listed}: a run is "
             "one model, benchmark, method, budget and seed, and its group is its tag. A budget is what is "
-            "**kept**. Scores, bytes and times are measured in the same run. An infeasible cell has no run "
-            "here, and a failed one no score: result.json says why.\n\n"
+            "**kept**. Scores, bytes and times are measured in the same run. A cell without a score is "
+            "infeasible or failed (its status, where it has a run): result.json says why.\n\n"
             "Bars and points of a grouped run set are means of its runs: where groups mix models, benchmarks "
             "or seeds, filter them apart first. Intervals of 95% are in each run's summary "
             "(`tasks.<task>.ci95`, `aggregates`)."
@@ -141,9 +141,9 @@ def _tasks(tags: Sequence[str], tasks: Sequence[str]) -> list[Any]:
 
 def _latency(tags: Sequence[str]) -> list[Any]:
     panel = wr.LinePlot(
-        title="A decode step of runner=latency, ms (lower is better)",
+        title="A decode step of runner=latency by batch, ms (lower is better)",
         x=keys.CONTEXT.name,
-        y=[keys.STEP_TIME.name],
+        metric_regex=keys.STEP_TIME.name.replace("<n>", "[0-9]+"),
         title_x="tokens of context",
     )
     return [

@@ -20,6 +20,8 @@ from analysis import command
 from analysis.cells import Cell, read
 from hcache.records import safe_name
 
+REPORTED = "reported"
+"""The scale of a task whose library has one of its own, such as perplexity."""
 Answer = TypeVar("Answer")
 RECORDS = "tables of these as well, with intervals: outputs/<tag>, or any directory above cells of the tags"
 
@@ -59,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def tasks(known: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The tasks that any of these records or summaries has, each once, in their order."""
-    return list(dict.fromkeys(task for one in known for task in one.get("tasks") or ()))
+    """The tasks that any of these records or summaries scores from 0 to 100, each once, in their order."""
+    entries = [entry for one in known for entry in (one.get("tasks") or {}).items()]
+    return list(dict.fromkeys(task for task, own in entries if own.get("scale") != REPORTED))
 
 
 # --- what was asked

@@ -101,13 +101,13 @@ def _merged(plan: PlannedCell) -> CellOutcome:
     predictions = Predictions(plan.directory)
     notes, made = _notes(worked, lines), _provenance(worked, lines)
     result = {**completed(plan, lines, notes, made), "config": _config(worked)}
+    tracker = make_tracker(plan.run.tracker, plan.cell, plan.directory)
     with locked(plan.directory):
         _check_standing(predictions.path, lines)
         predictions.rewrite(lines)
         records.write_result(plan.directory, result)
-        tracker = make_tracker(plan.run.tracker, plan.cell, plan.directory)
-        tracker.start(result["config"], lines)
-        tracker.finish(result, lines)
+    tracker.start(result["config"], lines)
+    tracker.finish(result, lines)
     return CellOutcome("completed", plan.directory, f"{len(lines)} examples of {len(parts)} shards merged")
 
 

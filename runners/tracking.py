@@ -197,10 +197,11 @@ def points(result: Result | None) -> Sequence[Mapping[str, Any]]:
 def point_metrics(point: Mapping[str, Any]) -> dict[str, float]:
     """What is plotted over contexts: the numbers of a point, and the medians of its times.
 
-    The summary holds points as well, but as a list, which W&B can't plot.
+    The summary holds points as well, but as a list, which W&B can't plot. A step's time also has a key of
+    its batch, so that a line over contexts is of one batch.
     """
     medians = {key: value["median"] for key, value in point.items() if _has_median(value)}
-    flat = {**point, **medians}
+    flat = {**point, **medians, f"decode_ms_batch_{point['batch']}": medians.get("decode_ms")}
     return {f"latency/{key}": value for key, value in flat.items() if _is_number(value)}
 
 

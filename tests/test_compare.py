@@ -25,7 +25,7 @@ def test_the_table_names_both_methods_and_the_numbers_are_those_of_the_csv(
     assert "+96.7" in said
     assert "29/1/0" in said
     found = pd.read_csv(out)
-    assert list(found["task"]) == ["all tasks", "one", "two"]
+    assert list(found["task"]) == ["all examples", "one", "two"]
     assert list(found["n"]) == [60, 30, 30], "all examples together count alike"
     assert list(found["difference"]) == pytest.approx([100 * 29 / 30] * 3)
     assert list(found["p_holm"]) == pytest.approx(list(found["p"] * [1, 2, 2])), "each table has its own"

@@ -1,4 +1,4 @@
-"""The notebooks: each runs from start to end in a project of its own, and the files hold what it showed."""
+"""The notebooks: each runs from start to end in a project of its own, and its file holds the same kinds."""
 
 from __future__ import annotations
 
@@ -73,6 +73,9 @@ def test_they_are_small_and_all_there() -> None:
 def test_its_file_is_executed_in_order_without_errors_and_names_no_machine(path: Path) -> None:
     notebook = read(path)
     assert complaints(notebook) == []
+    assert "with local changes" not in path.read_text(encoding="utf-8"), (
+        "run `make notebooks` on a clean tree"
+    )
     assert any("image/png" in output.get("data", {}) for cell in code(notebook) for output in cell.outputs)
     assert path.read_text(encoding="utf-8") == text(normal(notebook)), "run `make notebooks`"
 

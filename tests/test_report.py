@@ -329,7 +329,7 @@ def test_a_difference_is_stated_only_where_it_is_shown(tmp_path: Path) -> None:
     answered(leave(root, "alike", 0.25, 0.5), [0.0, 1.0] * 5)
     answered(leave(root, "near", 0.25, 0.4), [0.0, 1.0] * 4 + [0.0, 0.0])
     said = findings(made(root)[0])
-    assert "At 0.25 kept, against fullkv on the same 20 examples (all tasks" in said
+    assert "At 0.25 kept, against fullkv on the same 20 examples (all examples" in said
     assert "Holm at 5% over 3 comparisons" in said
     assert "Lower: worse -50.0 [-70.0, -30.0]." in said
     assert (

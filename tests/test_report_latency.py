@@ -71,6 +71,7 @@ def test_every_point_is_in_the_page_with_the_numbers_of_its_record(tmp_path: Pat
     batches = [found for found in markdown_tables(markdown) if found[0][:2] == ["method", "kept"]]
     assert [batch[0] for batch in batches] == [["method", "kept", "32K", "128K"]] * 2
     assert batches == latex_tables(tex)
+    assert tex.count("in brackets how many times its floor") == 2
     assert ["snapkv", "0.1", f"{ms} (1.25)"] == next(row for row in batches[0] if row[0] == "snapkv")[:3]
     assert next(row for row in batches[1] if row[0] == "snapkv")[3] == "out of memory"
     assert [row[0] for row in batches[0][-2:]] == ["transformers, sdpa", "transformers, static_compile"]
@@ -86,6 +87,33 @@ def test_what_cannot_stand_side_by_side_has_sections_of_its_own(tmp_path: Path) 
     ]
     assert markdown.count("## shape_llama31_8b, NVIDIA H200: ms a decode step") == 2
     assert markdown.count("## shape_qwen25_14b, NVIDIA B200: ms a decode step") == 2
+
+
+def test_sweeps_of_other_settings_are_told_apart(tmp_path: Path) -> None:
+    for prompt in ("filled", "needle"):
+        write(tmp_path, "fullkv", prompt=prompt)
+    assert [sweep.name for sweep in sweeps(read([tmp_path]))] == [
+        "shape_llama31_8b, NVIDIA H200, latency.prompt=filled",
+        "shape_llama31_8b, NVIDIA H200, latency.prompt=needle",
+    ]
+
+
+def test_what_has_no_numbers_is_named_with_its_reason(tmp_path: Path) -> None:
+    lines(tmp_path / "in")
+    failed = write(tmp_path / "in", "quest", "f0.1", [])
+    result = json.loads((failed / "result.json").read_text())
+    changed = {**result, "status": "failed", "error": {"type": "X", "message": "it broke"}}
+    (failed / "result.json").write_text(json.dumps(changed))
+    page, markdown, _ = made(tmp_path / "in")
+    found = list(markdown_tables(markdown)[-1][1:])
+    where = "shape_llama31_8b, NVIDIA H200"
+    assert found == [
+        [f"quest, 0.1 kept: {where}", "failed", "it broke"],
+        [f"snapkv, 0.1 kept, 128K x 4: {where}", "out of memory", "no"],
+    ]
+    (table,) = tables(page, "Cells without numbers")
+    assert rows(table)[1:] == found
+    assert "2 completed, 1 failed, 1 out of memory" in page.text
 
 
 def test_a_cell_that_never_ran_is_with_those_of_its_setting(tmp_path: Path) -> None:

@@ -50,8 +50,24 @@ def test_all_tasks_together_take_the_interval_of_the_record_and_none_where_it_is
     cell.result["aggregates"]["official"] = {"score": 61.0, "ci95": [40.0, 70.0]}
     found = total([cell])
     assert (found.mean, found.low, found.high) == (61, 40, 70)
-    cell.result["score"] = 50.0
-    assert total([cell]).low > 10, "a plain mean has that of its tasks, which is never without width"
+    cell.result["score"] = cell.result["aggregates"]["official"]["score"] = 50.0
+    assert total([cell]).low == 40, "an official score has its own, plain mean or not"
+    cell.result["aggregates"] = {"overall": {"score": 50.0, "ci95": [50, 50]}}
+    assert total([cell]).low == pytest.approx(21.3, abs=0.1), "a plain mean has that of its tasks"
+
+
+def test_a_task_without_a_score_leaves_none_to_several_runs(tmp_path: Path) -> None:
+    """As lm_eval leaves one whose metric isn't chosen."""
+    for seed in (0, 1):
+        leave(tmp_path, "snapkv", 0.25, seed=seed)
+    found = read([tmp_path])
+    for cell in found:
+        cell.result["tasks"]["two"] |= {"score": None, "ci95": None}
+        cell.result["tasks"]["three"] = {"score": None, "ci95": None, "n": 0, "metric": "x"}
+    assert math.isnan(score(found, "three").mean)
+    assert total(found).mean == 50
+    assert math.isnan(total(found).low)
+    assert math.isnan(total(found[:1]).low)
 
 
 def test_cells_without_numbers_are_in_their_budget_and_in_no_mean(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Executes the notebooks beside it from start to end and keeps what they show.
 
 `python -m analysis.notebooks.execute [NAME ...]` (`make notebooks`) runs each in a project of its own, so
-that nothing of earlier runs is taken for its own and nothing but the notebooks changes. What differs between
-machines (kernel, editor, times of cells) is left out of the files.
+that nothing of earlier runs is taken for its own and nothing but the notebooks changes. What an editor or a
+kernel adds is left out of the files; times and devices that a cell prints stay.
 """
 
 from __future__ import annotations
