@@ -13,7 +13,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from analysis import command
-from analysis.cells import BASELINE, Cell, by_label, commits, days, devices, listed, read, side_by_side, sizes
+from analysis.cells import (
+    BASELINE,
+    Cell,
+    by_label,
+    commits,
+    days,
+    devices,
+    listed,
+    read,
+    side_by_side,
+    sizes,
+    tasks,
+)
 from analysis.columns import columns, dig
 from analysis.markdown import bullets, document, table
 
@@ -62,7 +74,7 @@ def legend(rows: Sequence[tuple[str, Cell]]) -> list[str]:
     ratios = ", (x) against fullkv" if any(cell.method == BASELINE for cell in done) else ""
     return [
         f"{first['model']} on {first['benchmark']}, n = {sizes(done)} a task; scores 0 to 100 with 95% "
-        "intervals.",
+        f"intervals{', that of all tasks from theirs' if len(tasks(done)) > 1 else ''}.",
         "resident: KV bytes on the device over the full cache, measured after prefill; attended: share of "
         f"the prompt that a decode step reads; host: held per example; times: medians{ratios}.",
         *_where(done),
