@@ -119,7 +119,10 @@ def close(head: str, text: str, value: float) -> bool:
 
 def test_all_formats_show_the_numbers_of_the_records(tmp_path: Path) -> None:
     sweep(tmp_path / "in")
-    assert check_numbers(*made(tmp_path / "in"), records(tmp_path / "in")) == 6 * 9 - 6 * 2 + 6 * 2
+    shown = made(tmp_path / "in")
+    assert check_numbers(*shown, records(tmp_path / "in")) == 6 * 9 - 6 * 2 + 6 * 2
+    for text in (shown[0].text, shown[1]):
+        assert "scores 0 to 100 with 95% intervals, that of all tasks from theirs" in text
 
 
 def test_numbers_of_real_cells_with_two_seeds(tmp_path: Path) -> None:

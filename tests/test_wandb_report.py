@@ -165,6 +165,15 @@ def test_every_key_is_one_that_runs_log(
     ]
 
 
+def test_a_task_on_a_scale_of_its_own_gets_no_panel_of_0_to_100() -> None:
+    known = [
+        {"tasks": {"a": {"score": 1}, "ppl": {"score": 7, "scale": "reported"}}},
+        {"tasks": {"b": {}}},
+        {},
+    ]
+    assert wandb_report.tasks(known) == ["a", "b"]
+
+
 def test_every_key_that_is_explained_is_logged(runs: list[Tracked]) -> None:
     known = logged(runs)
     for key in wandb_keys.KEYS:
